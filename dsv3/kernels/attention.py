@@ -1,0 +1,152 @@
+"""Multi-head latent attention between its projections: rotation, causal scores, softmax, values.
+
+``mla_attention`` is one function with two implementations: C++ on the CPU (``attention.cc``) and a composition of
+MindSpore operators, which is the reference and what every other device compiles.
+"""
+from __future__ import annotations
+
+import functools
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, mint, ops
+from mindspore.ops.function.grad.grad_func import custom_vjp
+from mindspore.ops.primitive import constexpr
+
+from dsv3.kernels import native
+from dsv3.kernels.rotary import apply_rotary
+
+
+def mla_attention(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim,
+                  scale):
+    """Causal attention of H heads that share one rotary key. DeepSeek-V3 report, eqs. 4 and 7 to 10.
+
+    Token t attends to s when s <= t and both carry the same segment id. Scores are
+    ``(q_nope . k_nope + rotate(q_pe) . rotate(k_pe)) * scale``; the softmax is in float32.
+
+    Args:
+        q: [B, T, H*(N+R)], of every head the N plain channels, then the R rotary ones, not yet rotated.
+        kv: [B, T, H*(N+V)], of every head the plain key, then the value.
+        k_pe: [B, T, R], not yet rotated, the same for all heads.
+        cos, sin: [B or 1, T, R/2] float32; constants, without gradient.
+        segment_ids: [B, T] int32, the document of each token, or None for one document a row.
+        num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: H, N, R (even) and V.
+        scale: the softmax scale, a Python float.
+
+    Returns:
+        [B, T, H*V] in the dtype of ``q``.
+
+    Raises:
+        ValueError: a tensor's shape does not follow from the sizes given, R is odd, or dtypes differ.
+    """
+    _check_shapes(q, kv, k_pe, cos, sin, segment_ids, num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
+    if kv.dtype != q.dtype or k_pe.dtype != q.dtype:
+        raise ValueError(f"kv and k_pe: expected the dtype of q, {q.dtype}, found {kv.dtype} and {k_pe.dtype}; cast them")
+    if cos.dtype != ms.float32 or sin.dtype != ms.float32:
+        raise ValueError(f"cos and sin: expected Float32, found {cos.dtype} and {sin.dtype}; keep the tables in float32")
+    if native.enabled() and q.dtype == ms.float32:
+        segments = _no_segments() if segment_ids is None else segment_ids.astype(ms.int32)
+        out_BTHV, _ = _native(q, kv, k_pe, cos, sin, segments, _head_scale(num_heads, scale))
+        return out_BTHV
+    return mla_attention_reference(
+        q, kv, k_pe, cos, sin, segment_ids, num_heads=num_heads, qk_nope_head_dim=qk_nope_head_dim,
+        qk_rope_head_dim=qk_rope_head_dim, v_head_dim=v_head_dim, scale=scale)
+
+
+def mla_attention_reference(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head_dim, qk_rope_head_dim,
+                            v_head_dim, scale):
+    """``mla_attention`` composed of MindSpore operators: any device, any float dtype."""
+    H, N, R, V = num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
+    B, T, _ = q.shape
+    q_nope_BTHN, q_pe_BTHR = ops.split(q.reshape(B, T, H, N + R), (N, R), -1)
+    k_nope_BTHN, v_BTHV = ops.split(kv.reshape(B, T, H, N + V), (N, V), -1)
+    q_pe_BTHR = apply_rotary(q_pe_BTHR, cos, sin)
+    k_pe_BTHR = ops.broadcast_to(apply_rotary(k_pe.reshape(B, T, 1, R), cos, sin), (B, T, H, R))
+    q_BHTd = mint.cat((q_nope_BTHN, q_pe_BTHR), -1).transpose(0, 2, 1, 3)
+    k_BHdS = mint.cat((k_nope_BTHN, k_pe_BTHR), -1).transpose(0, 2, 3, 1)
+    scores_BHTS = mint.matmul(q_BHTd, k_BHdS).astype(ms.float32) * scale
+    position_T = ops.arange(T)
+    hidden_BTS = (position_T.reshape(T, 1) < position_T.reshape(1, T)).reshape(1, T, T)
+    if segment_ids is not None:
+        hidden_BTS = ops.logical_or(hidden_BTS, segment_ids.reshape(B, T, 1) != segment_ids.reshape(B, 1, T))
+    # the lowest finite number, not -inf: its exponential is an exact 0 as well, since every row sees its own token
+    scores_BHTS = ops.masked_fill(scores_BHTS, ops.expand_dims(hidden_BTS, 1), _lowest())
+    weights_BHTS = ops.softmax(scores_BHTS, -1).astype(q.dtype)
+    return mint.matmul(weights_BHTS, v_BTHV.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3).reshape(B, T, H * V)
+
+
+def _check_shapes(q, kv, k_pe, cos, sin, segment_ids, H, N, R, V):
+    if R % 2:
+        raise ValueError(f"rotary pairs channels: expected an even qk_rope_head_dim, found {R}")
+    B, T, _ = q.shape
+    if q.shape[2] != H * (N + R):
+        raise ValueError(f"q: expected [B, T, {H * (N + R)}] (num_heads * (qk_nope_head_dim + qk_rope_head_dim)), "
+                         f"found {q.shape}")
+    if kv.shape != (B, T, H * (N + V)):
+        raise ValueError(f"kv: expected {(B, T, H * (N + V))} ([B, T, num_heads * (qk_nope_head_dim + v_head_dim)], "
+                         f"B and T of q), found {kv.shape}")
+    if k_pe.shape != (B, T, R):
+        raise ValueError(f"k_pe: expected {(B, T, R)} (B and T of q, qk_rope_head_dim), found {k_pe.shape}")
+    if cos.shape != sin.shape or cos.shape[1:] != (T, R // 2) or cos.shape[0] not in (1, B):
+        raise ValueError(f"cos and sin: expected [{B} or 1, {T}, {R // 2}], found {cos.shape} and {sin.shape}; "
+                         f"slice the rotary tables to the {T} positions of q")
+    if segment_ids is not None and segment_ids.shape != (B, T):
+        raise ValueError(f"segment_ids: expected {(B, T)} like q, found {segment_ids.shape}")
+
+
+@constexpr
+def _lowest():
+    return float(np.finfo(np.float32).min)
+
+
+@constexpr
+def _no_segments():
+    return Tensor(np.zeros(1, np.int32))  # one dim instead of two tells the kernel that there are none
+
+
+@constexpr
+def _head_scale(num_heads, scale):
+    return Tensor(np.full(num_heads, scale, np.float32))  # its length tells the kernel the number of heads
+
+
+@functools.cache
+def _ops():
+    def forward_shape(q, kv, k_pe, cos, sin, segments, scale):
+        H = scale[0]
+        return (q[0], q[1], kv[2] - q[2] + H * k_pe[2]), (q[0], H, q[1], 2)
+
+    def forward_dtype(q, kv, k_pe, cos, sin, segments, scale):
+        return q, q
+
+    def backward_shape(q, kv, k_pe, cos, sin, segments, scale, rows, dout):
+        return q, kv, k_pe
+
+    def backward_dtype(q, kv, k_pe, cos, sin, segments, scale, rows, dout):
+        return q, kv, k_pe
+
+    return (native.native_op("attention", "mla_forward", forward_shape, forward_dtype),
+            native.native_op("attention", "mla_backward", backward_shape, backward_dtype))
+
+
+@constexpr
+def _forward_op():
+    return _ops()[0]
+
+
+@constexpr
+def _backward_op():
+    return _ops()[1]
+
+
+@custom_vjp
+def _native(q, kv, k_pe, cos, sin, segments, scale):
+    return _forward_op()(q, kv, k_pe, cos, sin, segments, scale)
+
+
+def _native_backward(q, kv, k_pe, cos, sin, segments, scale, result, dresult):
+    dq, dkv, dk_pe = _backward_op()(q, kv, k_pe, cos, sin, segments, scale, result[1], dresult[0])
+    return (dq, dkv, dk_pe, ops.zeros_like(cos), ops.zeros_like(sin), ops.zeros_like(segments),
+            ops.zeros_like(scale))
+
+
+_native.defbwd(_native_backward)

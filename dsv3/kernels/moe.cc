@@ -1,0 +1,353 @@
+// Mixture of experts on the CPU: expert choice and counts, grouped matmul, the routed experts forward and backward.
+//
+// A "pair" is one (token, slot) of idx [T, K]; pair p = t * K + k. Pairs are sorted by expert, stably, so that the rows
+// of an expert are contiguous: rows ends[e-1] .. ends[e]. Sizes follow the legend T tokens, D hidden, F ffn, E experts,
+// K top-k, and P = T * K pairs. Every sum is taken in an order that does not depend on the threads: results are
+// bit-reproducible. A function returns 0, or 1 after it has said on stderr what was wrong with its integers.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <vector>
+
+#include "common.h"
+
+namespace {
+
+using dsv3::parallel_for;
+using dsv3::sgemm;
+
+constexpr int64_t kLanes = 16;
+
+// ---- elementwise -------------------------------------------------------------------------------------------------
+
+// exp(x) for x <= 88, flushed to 2^-126 below -87.3; relative error about 1e-7. Branch-free, so that a loop over it
+// becomes vector code: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, and n added to the exponent's bits.
+inline float fast_exp(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.3f ? -87.3f : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  float p = 1.9875691e-4f;
+  p = p * r + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665796e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 5.0e-1f;
+  p = p * r * r + r + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits << 23) + (127u << 23);  // the round constant's own bits leave at the top
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+// The sum of n floats in a fixed order: kLanes running sums, then those in turn.
+float sum(const float* values, int64_t n) {
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
+  for (int64_t lane = 0; i + lane < n; ++lane) lanes[lane] += values[i + lane];
+  float total = 0;
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
+// out = weight * silu(gate) * up
+void swiglu(const float* __restrict gate, const float* __restrict up, float weight, float* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float sigmoid = 1.0f / (1.0f + fast_exp(-gate[i]));
+    out[i] = weight * (gate[i] * sigmoid * up[i]);
+  }
+}
+
+// The backward of swiglu, for one row. hidden comes in as d_hidden (without the weight) and goes out as the weighted
+// hidden, which the gradient of w_down needs. Returns the gradient of the weight.
+float swiglu_grad(const float* __restrict gate, const float* __restrict up, float weight, float* __restrict hidden,
+                  float* __restrict d_gate, float* __restrict d_up, int64_t n) {
+  constexpr int64_t kBlock = 256;
+  float products[kBlock], d_weight = 0;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t size = std::min(kBlock, n - start);
+    const float *g = gate + start, *u = up + start;
+    float *h = hidden + start, *dg = d_gate + start, *du = d_up + start;
+    for (int64_t i = 0; i < size; ++i) {
+      const float e = fast_exp(-g[i]), sigmoid = 1.0f / (1.0f + e), silu = g[i] * sigmoid, value = silu * u[i];
+      const float d = weight * h[i];
+      products[i] = h[i] * value;
+      dg[i] = d * u[i] * (sigmoid + silu * (e * sigmoid));  // 1 - sigmoid = e * sigmoid, without cancellation
+      du[i] = d * silu;
+      h[i] = weight * value;
+    }
+    d_weight += sum(products, size);
+  }
+  return d_weight;
+}
+
+// ---- groups of rows ----------------------------------------------------------------------------------------------
+
+struct Rows {
+  int64_t group, begin, end;
+};
+
+// The rows of every group, cut into pieces of similar size, the largest first so that the threads end together.
+std::vector<Rows> row_pieces(const int32_t* ends, int64_t groups) {
+  const int64_t limit = std::clamp<int64_t>((ends[groups - 1] + 7) / 8, 32, 256);
+  std::vector<Rows> pieces;
+  for (int64_t g = 0, begin = 0; g < groups; begin = ends[g++]) {
+    const int64_t size = ends[g] - begin, n = (size + limit - 1) / limit;
+    for (int64_t i = 0; i < n; ++i) pieces.push_back({g, begin + size * i / n, begin + size * (i + 1) / n});
+  }
+  std::stable_sort(pieces.begin(), pieces.end(),
+                   [](const Rows& a, const Rows& b) { return a.end - a.begin > b.end - b.begin; });
+  return pieces;
+}
+
+// out[g] = left[rows of g]^T right[rows of g], with left [rows, M], right [rows, N], out [groups, M, N].
+struct Outer {
+  const float* left;
+  int64_t M;
+  const float* right;
+  int64_t N;
+  float* out;
+};
+
+// Every element of out is written once, empty groups included.
+void outer_products(std::initializer_list<Outer> products, const int32_t* ends, int64_t groups) {
+  struct Task {
+    const Outer* outer;
+    Rows rows;
+    int64_t from, to;  // rows of out[g]
+    int64_t cost() const { return (to - from) * outer->N * (rows.end - rows.begin + 1); }
+  };
+  const int64_t total = std::max<int64_t>(ends[groups - 1], 1);
+  std::vector<Task> tasks;
+  for (const Outer& outer : products) {
+    for (int64_t g = 0, begin = 0; g < groups; begin = ends[g++]) {
+      const int64_t pieces = std::max<int64_t>((ends[g] - begin) * 8 / total, 1);
+      const int64_t step = ((outer.M + pieces - 1) / pieces + kLanes - 1) / kLanes * kLanes;
+      for (int64_t from = 0; from < outer.M; from += step)
+        tasks.push_back({&outer, {g, begin, ends[g]}, from, std::min(from + step, outer.M)});
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost() > b.cost(); });
+  parallel_for(tasks.size(), [&](int64_t i) {
+    const Task& task = tasks[i];
+    const auto [left, M, right, N, out] = *task.outer;
+    const auto [group, begin, end] = task.rows;
+    float* target = out + (group * M + task.from) * N;
+    if (begin == end)
+      std::memset(target, 0, (task.to - task.from) * N * sizeof(float));
+    else
+      sgemm('T', 'N', task.to - task.from, N, end - begin, 1, left + begin * M + task.from, M, right + begin * N, N, 0,
+            target, N);
+  });
+}
+
+bool valid_ends(const int32_t* ends, int64_t groups, int64_t rows) {
+  for (int64_t g = 0, before = 0; g < groups; before = ends[g++]) {
+    if (ends[g] < before || ends[g] > rows) {
+      std::fprintf(stderr, "dsv3: group_end[%ld] = %d: expected cumulative ends between %ld and the %ld rows\n", (long)g,
+                   ends[g], (long)before, (long)rows);
+      return false;
+    }
+  }
+  return true;
+}
+
+// out[rows of g] = x[rows of g] op(w[g]), zero past the last group; w [groups, K, N], or [groups, N, K] transposed.
+int multiply_groups(char transpose, const float* x, const float* w, const int32_t* ends, float* out, int64_t rows,
+                    int64_t K, int64_t N, int64_t groups) {
+  if (!valid_ends(ends, groups, rows)) return 1;
+  const auto pieces = row_pieces(ends, groups);
+  parallel_for(pieces.size(), [&](int64_t i) {
+    const auto [g, begin, end] = pieces[i];
+    sgemm('N', transpose, end - begin, N, K, 1, x + begin * K, K, w + g * K * N, transpose == 'N' ? N : K, 0,
+          out + begin * N, N);
+  });
+  std::memset(out + ends[groups - 1] * N, 0, (rows - ends[groups - 1]) * N * sizeof(float));
+  return 0;
+}
+
+// ---- tokens and pairs --------------------------------------------------------------------------------------------
+
+// order[row] = pair and ends[e] = end of the rows of expert e: a stable counting sort by expert.
+bool sort_pairs(const int32_t* idx, int64_t pairs, int64_t experts, int32_t* order, int32_t* ends) {
+  std::vector<int32_t> next(experts + 1, 0);
+  for (int64_t p = 0; p < pairs; ++p) {
+    if (idx[p] < 0 || idx[p] >= experts) {
+      std::fprintf(stderr, "dsv3: idx holds expert %d: expected 0 to %ld\n", idx[p], (long)experts - 1);
+      return false;
+    }
+    ++next[idx[p] + 1];
+  }
+  for (int64_t e = 0; e < experts; ++e) ends[e] = next[e + 1] += next[e];
+  for (int64_t p = 0; p < pairs; ++p) order[next[idx[p]]++] = p;
+  return true;
+}
+
+// out[row] = x[token of the pair at row] for the rows [begin, end).
+void gather(const float* x, const int32_t* order, int64_t begin, int64_t end, int64_t K, int64_t D, float* out) {
+  for (int64_t row = begin; row < end; ++row)
+    std::memcpy(out + (row - begin) * D, x + order[row] / K * D, D * sizeof(float));
+}
+
+// out[t] = the sum of the rows of token t, slot 0 first.
+void combine(const float* rows, const int32_t* order, int64_t T, int64_t K, int64_t D, float* out) {
+  std::vector<int32_t> row_of(T * K);
+  for (int64_t row = 0; row < T * K; ++row) row_of[order[row]] = row;
+  constexpr int64_t kTokens = 64;
+  parallel_for((T + kTokens - 1) / kTokens, [&](int64_t task) {
+    for (int64_t t = task * kTokens; t < std::min(T, (task + 1) * kTokens); ++t) {
+      float* __restrict y = out + t * D;
+      std::memcpy(y, rows + row_of[t * K] * D, D * sizeof(float));
+      for (int64_t k = 1; k < K; ++k) {
+        const float* __restrict row = rows + row_of[t * K + k] * D;
+        for (int64_t d = 0; d < D; ++d) y[d] += row[d];
+      }
+    }
+  });
+}
+
+// The k highest of n values, highest first, ties to the lowest index. NaN loses, yet the indices stay distinct and valid.
+void highest(const float* values, int64_t n, int64_t k, int32_t* chosen) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (i >= k && !(values[i] > values[chosen[k - 1]])) continue;
+    int64_t place = std::min(i, k - 1);
+    for (; place > 0 && values[i] > values[chosen[place - 1]]; --place) chosen[place] = chosen[place - 1];
+    chosen[place] = i;
+  }
+}
+
+float* floats(void* pointer) { return static_cast<float*>(pointer); }
+int32_t* ints(void* pointer) { return static_cast<int32_t*>(pointer); }
+
+}  // namespace
+
+extern "C" {
+
+// x [M, K], w [E, K, N], group_end [E] -> out [M, N]
+int grouped_matmul(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
+  return multiply_groups('N', floats(data[0]), floats(data[1]), ints(data[2]), floats(data[3]), shapes[0][0],
+                         shapes[0][1], shapes[1][2], shapes[1][0]);
+}
+
+// x [M, K], w [E, K, N], group_end [E], d_out [M, N] -> dx [M, K], dw [E, K, N]
+int grouped_matmul_grad(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
+  const int64_t rows = shapes[0][0], K = shapes[0][1], N = shapes[1][2], groups = shapes[1][0];
+  const int32_t* ends = ints(data[2]);
+  const float* d_out = floats(data[3]);
+  if (multiply_groups('T', d_out, floats(data[1]), ends, floats(data[4]), rows, N, K, groups)) return 1;
+  outer_products({{floats(data[0]), K, d_out, N, floats(data[5])}}, ends, groups);
+  return 0;
+}
+
+// x [T, D], w_gate [E, D, F], w_up [E, D, F], w_down [E, F, D], idx [T, K], weights [T, K]
+// -> y [T, D], gate [P, F], up [P, F], order [P], ends [E], and P * D floats of scratch
+int experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
+  const int64_t T = shapes[0][0], D = shapes[0][1], E = shapes[1][0], F = shapes[1][2], K = shapes[4][1], P = T * K;
+  const float *x = floats(data[0]), *w_gate = floats(data[1]), *w_up = floats(data[2]), *w_down = floats(data[3]);
+  const float* weights = floats(data[5]);
+  float *y = floats(data[6]), *gate = floats(data[7]), *up = floats(data[8]), *rows = floats(data[11]);
+  int32_t *order = ints(data[9]), *ends = ints(data[10]);
+  if (!sort_pairs(ints(data[4]), P, E, order, ends)) return 1;
+  const auto pieces = row_pieces(ends, E);
+  parallel_for(pieces.size(), [&](int64_t i) {
+    const auto [e, begin, end] = pieces[i];
+    const int64_t m = end - begin;
+    float *inputs = dsv3::scratch(m * (D + F)), *hidden = inputs + m * D, *g = gate + begin * F, *u = up + begin * F;
+    gather(x, order, begin, end, K, D, inputs);
+    sgemm('N', 'N', m, F, D, 1, inputs, D, w_gate + e * D * F, F, 0, g, F);
+    sgemm('N', 'N', m, F, D, 1, inputs, D, w_up + e * D * F, F, 0, u, F);
+    // The weight scales the hidden row, which is shorter than the output's and gives the same product.
+    for (int64_t r = 0; r < m; ++r) swiglu(g + r * F, u + r * F, weights[order[begin + r]], hidden + r * F, F);
+    sgemm('N', 'N', m, D, F, 1, hidden, F, w_down + e * F * D, D, 0, rows + begin * D, D);
+  });
+  combine(rows, order, T, K, D, y);
+  return 0;
+}
+
+// the inputs of experts, then gate [P, F], up [P, F], order [P], ends [E], dy [T, D]
+// -> dx, dw_gate, dw_up, dw_down, d_weights, and P * (2 D + 3 F) floats of scratch
+int experts_grad(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
+  const int64_t T = shapes[0][0], D = shapes[0][1], E = shapes[1][0], F = shapes[1][2], K = shapes[4][1], P = T * K;
+  const float *x = floats(data[0]), *w_gate = floats(data[1]), *w_up = floats(data[2]), *w_down = floats(data[3]);
+  const float *weights = floats(data[5]), *gate = floats(data[6]), *up = floats(data[7]), *dy = floats(data[10]);
+  const int32_t *order = ints(data[8]), *ends = ints(data[9]);
+  float *dx = floats(data[11]), *d_weights = floats(data[15]);
+  float *inputs = floats(data[16]), *d_outputs = inputs + P * D;
+  float *hidden = d_outputs + P * D, *d_gate = hidden + P * F, *d_up = d_gate + P * F;
+  const auto pieces = row_pieces(ends, E);
+  parallel_for(pieces.size(), [&](int64_t i) {
+    const auto [e, begin, end] = pieces[i];
+    gather(x, order, begin, end, K, D, inputs + begin * D);
+    gather(dy, order, begin, end, K, D, d_outputs + begin * D);
+    sgemm('N', 'T', end - begin, F, D, 1, d_outputs + begin * D, D, w_down + e * F * D, D, 0, hidden + begin * F, F);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t at = row * F;
+      d_weights[order[row]] =
+          swiglu_grad(gate + at, up + at, weights[order[row]], hidden + at, d_gate + at, d_up + at, F);
+    }
+  });
+  outer_products({{inputs, D, d_gate, F, floats(data[12])},
+                  {inputs, D, d_up, F, floats(data[13])},
+                  {hidden, F, d_outputs, D, floats(data[14])}},
+                 ends, E);
+  float* d_inputs = inputs;  // the gathered inputs have served
+  parallel_for(pieces.size(), [&](int64_t i) {
+    const auto [e, begin, end] = pieces[i];
+    float* d = d_inputs + begin * D;
+    sgemm('N', 'T', end - begin, D, F, 1, d_gate + begin * F, F, w_gate + e * D * F, F, 0, d, D);
+    sgemm('N', 'T', end - begin, D, F, 1, d_up + begin * F, F, w_up + e * D * F, F, 1, d, D);
+  });
+  combine(d_inputs, order, T, K, D, dx);
+  return 0;
+}
+
+// choice [T, E], options [3] int32 = (groups, groups kept, 1 when a group scores by its two highest) -> idx [T, K]
+int choose_experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
+  const int64_t T = shapes[0][0], E = shapes[0][1], K = shapes[2][1];
+  const float* choice = floats(data[0]);
+  const int64_t groups = ints(data[1])[0], kept = ints(data[1])[1], size = E / groups;
+  const int64_t summed = std::min<int64_t>(ints(data[1])[2] ? 2 : 1, size);
+  int32_t* idx = ints(data[2]);
+  constexpr int64_t kTokens = 64;
+  parallel_for((T + kTokens - 1) / kTokens, [&](int64_t task) {
+    std::vector<float> limited(E), scores(groups);
+    std::vector<int32_t> best(std::max(groups, size));
+    for (int64_t t = task * kTokens; t < std::min(T, (task + 1) * kTokens); ++t) {
+      const float* row = choice + t * E;
+      if (kept < groups) {
+        for (int64_t g = 0; g < groups; ++g) {
+          highest(row + g * size, size, summed, best.data());
+          scores[g] = row[g * size + best[0]] + (summed == 2 ? row[g * size + best[1]] : 0.0f);
+        }
+        highest(scores.data(), groups, kept, best.data());
+        std::fill(limited.begin(), limited.end(), -std::numeric_limits<float>::infinity());
+        for (int64_t i = 0; i < kept; ++i)
+          std::memcpy(&limited[best[i] * size], row + best[i] * size, size * sizeof(float));
+        row = limited.data();
+      }
+      highest(row, E, K, idx + t * K);
+    }
+  });
+  return 0;
+}
+
+// idx of any shape, flattened by the caller: [P] int32 -> counts [E] int32
+int count_experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
+  const int64_t pairs = shapes[0][0], experts = shapes[1][0];
+  const int32_t* idx = ints(data[0]);
+  int32_t* counts = ints(data[1]);
+  std::memset(counts, 0, experts * sizeof(int32_t));
+  for (int64_t p = 0; p < pairs; ++p)
+    if (idx[p] >= 0 && idx[p] < experts) ++counts[idx[p]];
+  return 0;
+}
+}

@@ -1,0 +1,222 @@
+"""DeepSeek-V3 as pure functions on a params pytree: declare, initialise, run, score.
+
+Dims: B batch, T query tokens, S key tokens, D hidden, H heads, N qk_nope, R qk_rope, V v_head, Q q_lora, C kv_lora,
+F ffn, E experts, G groups, K top-k, L layers, W vocabulary. Names carry them (``scores_TE``).
+"""
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+from mindspore.ops.primitive import constexpr
+
+from .config import Config
+from .kernels.cross_entropy import cross_entropy
+from .kernels.rms_norm import rms_norm
+from .nn.balance import make_balance
+from .nn.block import block, block_spec
+from .nn.mtp import mtp_input, mtp_spec
+from .nn.rope import rope_tables
+from .nn.router import route as default_route
+from .spec import DTYPES, ParamSpec, draw, normal, ones
+from .transform import compiled
+from .tree import tree_map, tree_map_with_path
+
+
+def param_specs(cfg: Config) -> dict[str, Any]:
+    """Every leaf of the model as a ParamSpec, in the tree that ``init`` fills. Nothing is allocated."""
+    D, W, std = cfg.hidden_size, cfg.vocab_size, normal(cfg.initializer_range)
+    specs = {
+        "embed": ParamSpec((W, D), ("vocab", "embed"), std),
+        "layers": tuple(block_spec(cfg, cfg.is_moe_layer(i)) for i in range(cfg.num_hidden_layers)),
+        "norm": ParamSpec((D,), ("embed",), ones),
+    }
+    if not cfg.tie_word_embeddings:
+        specs["head"] = ParamSpec((D, W), ("embed", "vocab"), std)
+    if cfg.num_nextn_predict_layers:
+        specs["mtp"] = tuple(mtp_spec(cfg) for _ in range(cfg.num_nextn_predict_layers))
+    return specs
+
+
+def init(cfg: Config, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
+    """Fresh params: nested dicts and tuples of Tensors in ``dtype`` (the router bias always float32).
+
+    A leaf's value depends on the seed and its own path alone, so a cut-down model starts like the larger one.
+    Raises ValueError for a dtype other than float32, bfloat16 and float16.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
+
+    def leaf(path: str, spec: ParamSpec) -> Tensor:
+        return Tensor(draw(spec, path, seed), dtype=getattr(ms, spec.dtype or dtype))
+
+    return tree_map_with_path(leaf, param_specs(cfg))
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+@constexpr
+def _on_cpu() -> bool:
+    return ms.get_context("device_target") == "CPU"
+
+
+def _computable(params: Any) -> Any:
+    """The CPU has no bfloat16 kernels: there every leaf is widened once, at the graph's entry, and gradients narrow."""
+    def widen(leaf):
+        if leaf.dtype == ms.float32:
+            return leaf
+        return leaf.astype(ms.float32)
+
+    if _on_cpu():
+        return tree_map(widen, params)
+    return params
+
+
+def _head(params: Any, x: Tensor) -> Tensor:
+    """Logits of normalised hidden states, float32. x: [..., D] -> [..., W]."""
+    if "head" in params:
+        return ops.matmul(x, params["head"]).astype(ms.float32)
+    return ops.matmul(x, ops.transpose(params["embed"], (1, 0))).astype(ms.float32)
+
+
+def _run_block(fn: Callable, params: Any, x: Tensor, rope: Any, segment_ids: Any, recompute: bool) -> Any:
+    if recompute:
+        return ms.recompute(fn, params, x, rope, segment_ids)
+    return fn(params, x, rope, segment_ids)
+
+
+def _trunk(params: Any, tokens: Tensor, position_ids: Any, segment_ids: Any, one_block: Callable, recompute: Any,
+           cfg: Config) -> tuple:
+    """Embedding and main blocks: (hidden before the final norm [B, T, D], embedding, loads, balance losses)."""
+    embedded = ops.gather(params["embed"], tokens, 0)
+    rope = rope_tables(position_ids, tokens.shape[1], cfg=cfg)
+    x, loads, aux = embedded, (), ()
+    for i in range(cfg.num_hidden_layers):
+        x, load, loss = _run_block(one_block, params["layers"][i], x, rope, segment_ids, _recomputes(recompute, i))
+        loads, aux = loads + load, aux + loss
+    return x, embedded, loads, aux
+
+
+@constexpr
+def _recomputes(recompute: Any, layer: int) -> bool:
+    return recompute if isinstance(recompute, bool) else layer in recompute
+
+
+def _make_block(cfg: Config, route: Callable | None, balance: Callable | None) -> Callable:
+    chosen_route = default_route if route is None else route
+    chosen_balance = make_balance(cfg) if balance is None else balance
+
+    def one_block(params, x, rope, segment_ids):
+        return block(params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance)
+
+    return one_block
+
+
+@compiled
+def forward(params, tokens, position_ids=None, segment_ids=None, *, cfg, route=None):
+    """Logits of the next token. tokens: [B, T] int -> [B, T, W] float32; NumPy arrays or Tensors.
+
+    position_ids: [B, T] int, default 0 ... T-1. segment_ids: [B, T] int, tokens attend within their own segment only,
+    default one segment a row. route: a stand-in for ``nn.router.route``. The MTP modules take no part.
+    """
+    params = _computable(params)
+    x = _trunk(params, tokens, position_ids, segment_ids, _make_block(cfg, route, None), False, cfg)[0]
+    return _head(params, rms_norm(x, params["norm"], cfg.rms_norm_eps))
+
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+def targets(batch: dict) -> tuple:
+    """(labels [B, T] int32 with -1 where there is none, weight [B, T] float32) of a batch.
+
+    Labels default to the next token of the row and of the same segment. Labels below 0 and positions where
+    ``loss_mask`` is 0 count for nothing; a fractional mask weighs.
+    """
+    tokens = batch["tokens"]
+    if "labels" in batch and batch["labels"] is not None:
+        labels = batch["labels"].astype(ms.int32)
+    else:
+        labels = _ahead(tokens, batch.get("segment_ids"), 1)
+    mask = ops.greater_equal(labels, 0).astype(ms.float32)
+    if "loss_mask" in batch and batch["loss_mask"] is not None:
+        mask = mask * batch["loss_mask"].astype(ms.float32)
+    return ops.select(mask > 0, labels, ops.full_like(labels, -1)), mask
+
+
+def _ahead(x: Tensor, segment_ids: Any, by: int) -> Tensor:
+    """x moved ``by`` to the left, -1 where that leaves the row or the segment. x: [B, T] int."""
+    B, T = x.shape
+    moved = ops.cat((x[:, by:], ops.full((B, by), -1, dtype=ms.int32)), axis=1)
+    if segment_ids is None:
+        return moved
+    same = ops.equal(ops.cat((segment_ids[:, by:], ops.full((B, by), -1, dtype=ms.int32)), axis=1), segment_ids)
+    return ops.select(same, moved, ops.full_like(moved, -1))
+
+
+def _token_losses(params: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    B, T = labels.shape
+    logits = _head(params, hidden.reshape(B * T, hidden.shape[2]))
+    return cross_entropy(logits, labels.reshape(B * T)).reshape(B, T)
+
+
+def _mean(losses: Tensor, weight: Tensor) -> Tensor:
+    return ops.sum(losses * weight) / ops.maximum(ops.sum(weight), 1e-9)
+
+
+@compiled
+def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, recompute=False, mtp_prenorm=False):
+    """Training loss: main + mtp_weight * MTP + balance, and its parts (report equations 17 and 24-25).
+
+    batch: {"tokens" [B, T] int, and optionally "labels" [B, T] int (the target of each position, negative for none;
+    default: the next token), "loss_mask" [B, T], "position_ids" [B, T], "segment_ids" [B, T]}. A cross entropy is the
+    mean over the positions that count. MTP depth k runs on the first T - k positions, reads the embedding k ahead and
+    the hidden state of the depth before (after ``norm``; before it with ``mtp_prenorm``), and predicts the label k
+    ahead where that lies in the same segment; its loss is the mean over the depths.
+
+    mtp_weight: 0-D float32, default 0.3. route, balance: stand-ins for ``nn.router.route`` and the function made by
+    ``nn.balance.make_balance``. recompute: True, or a tuple of layer numbers (MTP blocks follow the main ones).
+    Returns (loss, {"loss", "main_loss", "mtp_loss", "balance_loss" (weighted) 0-D float32, "load" [MoE layers incl.
+    MTP, E] int32}); all but the load are differentiable.
+    """
+    params = _computable(params)
+    tokens, segment_ids, eps = batch["tokens"], batch.get("segment_ids"), cfg.rms_norm_eps
+    B, T = tokens.shape
+    one_block = _make_block(cfg, route, balance)
+    x, embedded, loads, aux = _trunk(params, tokens, batch.get("position_ids"), segment_ids, one_block, recompute, cfg)
+    hidden = rms_norm(x, params["norm"], eps)
+    labels, weight = targets(batch)
+    main_loss = _mean(_token_losses(params, hidden, labels), weight)
+
+    mtp_loss = Tensor(0.0, ms.float32)
+    depths = cfg.num_nextn_predict_layers
+    _check_length(T, depths)
+    handed_on = x if mtp_prenorm else hidden
+    for k in range(1, depths + 1):
+        p, n = params["mtp"][k - 1], T - k
+        segments = None if segment_ids is None else segment_ids[:, :n]
+        positions = None if batch.get("position_ids") is None else batch["position_ids"][:, :n]
+        x, load, loss = _run_block(one_block, p, mtp_input(p, embedded[:, k:], handed_on[:, :n], cfg=cfg),
+                                   rope_tables(positions, n, cfg=cfg), segments,
+                                   _recomputes(recompute, cfg.num_hidden_layers + k - 1))
+        loads, aux = loads + load, aux + loss
+        normed = rms_norm(x, p["norm"], eps)
+        handed_on = x if mtp_prenorm else normed
+        further = _ahead(labels, segment_ids, k)[:, :n]
+        further_weight = weight[:, k:] * ops.greater_equal(further, 0).astype(ms.float32)
+        mtp_loss = mtp_loss + _mean(_token_losses(params, normed, further), further_weight) / depths
+
+    balance_loss = Tensor(0.0, ms.float32)
+    for one in aux:
+        balance_loss = balance_loss + one
+    loss = main_loss + balance_loss
+    if depths:
+        loss = loss + (0.3 if mtp_weight is None else mtp_weight) * mtp_loss
+    load = ops.stack(loads) if loads else ops.zeros((0, cfg.n_routed_experts), ms.int32)
+    return loss, {"loss": loss, "main_loss": main_loss, "mtp_loss": mtp_loss, "balance_loss": balance_loss,
+                  "load": load}
+
+
+@constexpr
+def _check_length(T: int, depths: int) -> None:
+    if T <= depths:
+        raise ValueError(f"a row of {T} tokens leaves nothing for num_nextn_predict_layers={depths}; give longer rows")
