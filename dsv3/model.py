@@ -159,8 +159,29 @@ def _token_losses(params: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels.reshape(B * T)).reshape(B, T)
 
 
-def _mean(losses: Tensor, weight: Tensor) -> Tensor:
-    return ops.sum(losses * weight) / ops.maximum(ops.sum(weight), 1e-9)
+def _mean(losses: Tensor, weight: Tensor, batch: dict, depth: int) -> Tensor:
+    """The mean over what counts, in this batch or, when it is a part, in the whole one."""
+    total = batch["denominators"][depth] if "denominators" in batch else ops.sum(weight)
+    return ops.sum(losses * weight) / ops.maximum(total, 1e-9)
+
+
+def _further(labels: Tensor, weight: Tensor, segment_ids: Any, k: int) -> tuple:
+    """Labels and weights k positions ahead, for the first T - k positions."""
+    labels = _ahead(labels, segment_ids, k)[:, :labels.shape[1] - k]
+    return labels, weight[:, k:] * ops.greater_equal(labels, 0).astype(ms.float32)
+
+
+@compiled
+def denominators(batch, *, cfg):
+    """What a batch divides by: [1 + D + 1] float32, the weights of the main loss, of each MTP depth, and its rows.
+
+    Given to the parts of the batch as ``batch["denominators"]``, it makes their losses and gradients add up to the whole.
+    """
+    labels, weight = targets(batch)
+    sums = (ops.sum(weight),)
+    for k in range(1, cfg.num_nextn_predict_layers + 1):
+        sums = sums + (ops.sum(_further(labels, weight, batch.get("segment_ids"), k)[1]),)
+    return ops.stack(sums + (ops.full_like(sums[0], labels.shape[0]),))
 
 
 @compiled
@@ -185,7 +206,7 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
     x, embedded, loads, aux = _trunk(params, tokens, batch.get("position_ids"), segment_ids, one_block, recompute, cfg)
     hidden = rms_norm(x, params["norm"], eps)
     labels, weight = targets(batch)
-    main_loss = _mean(_token_losses(params, hidden, labels), weight)
+    main_loss = _mean(_token_losses(params, hidden, labels), weight, batch, 0)
 
     mtp_loss = Tensor(0.0, ms.float32)
     depths = cfg.num_nextn_predict_layers
@@ -201,13 +222,14 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
         loads, aux = loads + load, aux + loss
         normed = rms_norm(x, p["norm"], eps)
         handed_on = x if mtp_prenorm else normed
-        further = _ahead(labels, segment_ids, k)[:, :n]
-        further_weight = weight[:, k:] * ops.greater_equal(further, 0).astype(ms.float32)
-        mtp_loss = mtp_loss + _mean(_token_losses(params, normed, further), further_weight) / depths
+        further, further_weight = _further(labels, weight, segment_ids, k)
+        mtp_loss = mtp_loss + _mean(_token_losses(params, normed, further), further_weight, batch, k) / depths
 
     balance_loss = Tensor(0.0, ms.float32)
     for one in aux:
         balance_loss = balance_loss + one
+    if "denominators" in batch:
+        balance_loss = balance_loss * (B / batch["denominators"][depths + 1])
     loss = main_loss + balance_loss
     if depths:
         loss = loss + (0.3 if mtp_weight is None else mtp_weight) * mtp_loss

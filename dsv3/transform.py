@@ -2,16 +2,24 @@
 
 MindSpore compiles a Python function from its source. Its traps with pytrees are many and mostly silent: a plain dict
 recompiles at every call and its gradient comes back as ``()``; ``mutable`` containers cost time that grows with the
-square of their leaves; a list changes its type, containers nest at most six deep, a returned dict makes the graph
-dynamic. So containers never cross the boundary here. On the host a tree is flattened to positional tensors, inside the
-graph it is rebuilt from a constant index tree, and the result leaves as one flat tuple whose structure was noted at
-compile time.
+square of their leaves; a list changes its type, a returned dict makes the graph dynamic. So containers never cross the
+boundary here. On the host a tree is flattened to positional tensors; the graph starts with a line of generated source
+that writes the tree down as a literal of those tensors (building it by recursion inside the graph compiles far slower);
+the result leaves as one flat tuple whose structure is noted while it is compiled.
 """
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
+import itertools
 import json
+import linecache
+import shutil
+import sys
+import tempfile
+import types
+from pathlib import Path
 from typing import Any, Callable
 
 import mindspore as ms
@@ -24,39 +32,37 @@ from .tree import flatten
 MAX_DEPTH = 6  # containers inside one another that MindSpore converts in a graph
 RECURSION_LIMIT = 1_000_000  # MindSpore's default of 1000 nested calls is reached near 16 unrolled layers
 
-_skeletons: dict[int, Any] = {}  # graph id -> structure of its result, noted while it is compiled
-_compiling: list[int] = []  # ids of the graphs being called now; non-empty means: we are inside graph code
+_numbers = itertools.count()  # of graphs and of generated sources
+_outlines: dict[int, Any] = {}  # graph number -> structure of its result, noted while it is compiled
+_compiling: list[int] = []  # numbers of the graphs being called now; non-empty means: we are inside graph code
 
 
 # -- structures ------------------------------------------------------------------------------------------------------
-# Graph constants, too, nest at most six deep, so a structure enters a graph as a flat table of nodes and leaves it as
-# one string. A node is the number of a leaf, a negative number -1 - i for the i-th static value, or a container:
-# ("d", keys, children) or ("t", (), children), with the children's places in the table.
-def _table(tree: Any, leaves: list, statics: list, nodes: list, where: str, depth: int = 0) -> int:
-    """Take a tree apart into ``leaves``, ``statics`` and ``nodes``; return its place. Refuses what cannot cross."""
+def literal(tree: Any, leaves: dict[int, Any], where: str, depth: int = 0) -> str:
+    """Python source of ``tree`` with its leaves written as a0, a1, ...; adds them to ``leaves``, id -> (i, Tensor, leaf).
+
+    The same Tensor at two places is one leaf. Raises TypeError with the remedy for what cannot cross the boundary.
+    """
     if depth > MAX_DEPTH:
         raise TypeError(f"{where} lies inside {depth} containers; MindSpore allows {MAX_DEPTH}: join some of the levels")
-    down = depth + 1
     if isinstance(tree, dict):
         for key in tree:
             if not isinstance(key, str):
                 raise TypeError(f"{where} has the key {key!r}; keys of a pytree must be strings")
-        node = ("d", tuple(tree), tuple(_table(v, leaves, statics, nodes, f"{where}[{k!r}]", down) for k, v in tree.items()))
-    elif type(tree) is tuple:
-        node = ("t", (), tuple(_table(v, leaves, statics, nodes, f"{where}[{i}]", down) for i, v in enumerate(tree)))
-    elif isinstance(tree, list):
+        items = (f"{k!r}: {literal(v, leaves, f'{where}[{k!r}]', depth + 1)}" for k, v in tree.items())
+        return "{" + ", ".join(items) + "}"
+    if type(tree) is tuple:
+        return "(" + "".join(f"{literal(v, leaves, f'{where}[{i}]', depth + 1)}, " for i, v in enumerate(tree)) + ")"
+    if isinstance(tree, list):
         raise TypeError(f"{where} is a list; use a tuple: MindSpore recompiles lists and changes their type")
-    elif tree is None or isinstance(tree, (bool, str)):
-        statics.append(tree)
-        node = -len(statics)
-    elif isinstance(tree, (int, float)) and not isinstance(tree, np.generic):
+    if tree is None or isinstance(tree, (bool, str)):
+        return repr(tree)
+    if isinstance(tree, (int, float)) and not isinstance(tree, np.generic):
         raise TypeError(f"{where} is the Python number {tree!r}, which would recompile for every new value; pass "
                         f"np.float32({tree!r}) or a Tensor, or close over it if it never changes")
-    else:
-        leaves.append(_tensor(tree, where))
-        node = len(leaves) - 1
-    nodes.append(node)
-    return len(nodes) - 1
+    if id(tree) not in leaves:
+        leaves[id(tree)] = len(leaves), _tensor(tree, where), tree
+    return f"a{leaves[id(tree)][0]}"
 
 
 def _tensor(leaf: Any, where: str) -> Tensor:
@@ -72,35 +78,40 @@ def _tensor(leaf: Any, where: str) -> Tensor:
                     f"(close over anything else)")
 
 
-def _build(nodes: tuple, place: int, leaves: tuple, statics: tuple) -> Any:
-    """The tree that ``_table`` took apart. Runs in graph code."""
-    node = nodes[place]
-    if isinstance(node, int):
-        if node < 0:
-            return statics[-1 - node]
-        return leaves[node]
-    if node[0] == "d":
-        return {k: _build(nodes, c, leaves, statics) for k, c in zip(node[1], node[2])}
-    return tuple([_build(nodes, c, leaves, statics) for c in node[2]])
+@functools.cache
+def _source_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="dsv3-graphs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
-def _apply(fn: Callable, nodes: tuple, roots: tuple, leaves: tuple, statics: tuple) -> Any:
-    """``fn`` of its rebuilt arguments, written out because a tuple of them would be one level of the six."""
-    if len(roots) == 0:
-        return fn()
-    a = _build(nodes, roots[0], leaves, statics)
-    if len(roots) == 1:
-        return fn(a)
-    b = _build(nodes, roots[1], leaves, statics)
-    if len(roots) == 2:
-        return fn(a, b)
-    c = _build(nodes, roots[2], leaves, statics)
-    if len(roots) == 3:
-        return fn(a, b, c)
-    d = _build(nodes, roots[3], leaves, statics)
-    if len(roots) == 4:
-        return fn(a, b, c, d)
-    return fn(a, b, c, d, *[_build(nodes, place, leaves, statics) for place in roots[4:]])
+def generated(source: str, names: dict[str, Any]) -> Callable:
+    """The one function that ``source`` defines, with ``names`` as its globals, in a form that graph code can parse:
+    MindSpore wants a file to read the source from and a module to find the globals in."""
+    module = types.ModuleType(f"dsv3_generated_{next(_numbers)}")
+    path = _source_folder() / f"{module.__name__}.py"
+    path.write_text(source)
+    linecache.checkcache(str(path))
+    module.__dict__.update(names, __file__=str(path))
+    sys.modules[module.__name__] = module
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return next(v for k, v in module.__dict__.items() if inspect.isfunction(v) and v.__module__ == module.__name__)
+
+
+def builder(tree: Any, second: list[bool]) -> Callable:
+    """``build(first, second) -> tree`` for graph code: the structure of ``tree`` around two flat tuples of its leaves,
+    those (in ``flatten`` order) for which ``second`` is False and those for which it is True."""
+    flags, counts = iter(second), {False: itertools.count(), True: itertools.count()}
+
+    def write(node: Any) -> str:
+        if isinstance(node, dict):
+            return "{" + ", ".join(f"{k!r}: {write(v)}" for k, v in node.items()) + "}"
+        if isinstance(node, tuple):
+            return "(" + "".join(f"{write(v)}, " for v in node) + ")"
+        flag = next(flags)
+        return f"{'second' if flag else 'first'}[{next(counts[flag])}]"
+
+    return generated(f"def build(first, second):\n    return {write(tree)}\n", {})
 
 
 def _outline(tree: Any) -> str:
@@ -127,9 +138,9 @@ def _restore(outline: Any, leaves: Any) -> Any:
 
 
 @constexpr
-def _note(graph_id: int, outline: str) -> int:
+def _note(number: int, outline: str) -> int:
     """Runs while the graph is compiled: remember the structure of its result."""
-    _skeletons[graph_id] = json.loads(outline)
+    _outlines[number] = json.loads(outline)
     return 0
 
 
@@ -150,57 +161,48 @@ def _refuse(fn: Any, what: str) -> None:
 def jit(fn: Callable, *, jit_level: str = "O0") -> Callable:
     """Compile ``fn(*pytrees)`` once per structure and shapes; call it with trees of Tensors or NumPy arrays.
 
-    Arguments and results are nested dicts and tuples; None, bool and str in them are constants of the compilation.
+    Arguments and results are nested dicts and tuples; None, bool and str in arguments are constants of the compilation.
     Integers of 64 bits become int32 and float64 becomes float32. ``fn`` is compiled from its source: it may close over
     a Config, but not use try, with, lambda, or a list where a tree is meant. Raises TypeError with the remedy for
     whatever MindSpore would recompile or get wrong silently: a list, a Python number, a partial.
     """
     _refuse(fn, "jit")
-    graphs: dict[Any, tuple[Callable, int]] = {}
-    parameters = inspect.signature(fn).parameters
+    graphs: dict[tuple[str, ...], tuple[Callable, int]] = {}
+    signature = inspect.signature(fn)
+    names = list(signature.parameters)
 
     @functools.wraps(fn)  # sets __wrapped__, by which graph code that calls a jitted function inlines it
     def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs:  # graph code gets positional arguments only
-            bound = inspect.signature(fn).bind(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
             if bound.kwargs:
                 raise TypeError(f"{fn.__name__}: keyword-only arguments {tuple(bound.kwargs)} cannot cross the compile "
                                 f"boundary; close over them")
             args = bound.args
-        leaves: list = []
-        statics: list = []
-        names = list(parameters)
-        nodes: list = []
-        names = list(parameters)
-        roots = tuple(_table(a, leaves, statics, nodes, names[min(i, len(names) - 1)]) for i, a in enumerate(args))
-        key = (roots, tuple(nodes), tuple(statics))
+        leaves: dict[int, Any] = {}
+        key = tuple(literal(a, leaves, names[min(i, len(names) - 1)]) for i, a in enumerate(args))
         if key not in graphs:
-            ms.set_recursion_limit(RECURSION_LIMIT)
-            graphs[key] = _graph(fn, *key, jit_level)
-        graph, graph_id = graphs[key]
-        _compiling.append(graph_id)
+            graphs[key] = _graph(fn, key, len(leaves), jit_level)
+        graph, number = graphs[key]
+        _compiling.append(number)
         try:
-            flat = graph(*leaves)
+            flat = graph(*[tensor for _, tensor, _ in leaves.values()])
         finally:
             _compiling.pop()
-        return _restore(_skeletons[graph_id], iter(flat))
+        return _restore(_outlines[number], iter(flat))
 
     return call
 
 
-def _graph(fn: Callable, roots: tuple, nodes: tuple, statics: tuple, jit_level: str) -> tuple[Callable, int]:
-    graph_id = len(_graphs)
-
-    def graph(*leaves):
-        out = _apply(fn, nodes, roots, leaves, statics)
-        _note(graph_id, _outline(out))
-        return flatten(out)
-
-    _graphs.append(graph)
-    return ms.jit(graph, jit_level=jit_level), graph_id
-
-
-_graphs: list[Callable] = []
+def _graph(fn: Callable, literals: tuple[str, ...], n_leaves: int, jit_level: str) -> tuple[Callable, int]:
+    ms.set_recursion_limit(RECURSION_LIMIT)
+    number = next(_numbers)
+    graph = generated(f"def graph({', '.join(f'a{i}' for i in range(n_leaves))}):\n"
+                      f"    out = fn({', '.join(literals)})\n"
+                      f"    note({number}, outline(out))\n"
+                      f"    return flatten(out)\n",
+                      {"fn": fn, "note": _note, "outline": _outline, "flatten": flatten})
+    return ms.jit(graph, jit_level=jit_level), number
 
 
 def compiled(fn: Callable) -> Callable:
@@ -249,41 +251,17 @@ def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
     ``jit`` it becomes part of that graph. The loss must be a 0-D tensor.
     """
     _refuse(fn, "value_and_grad")
+    in_graph = ms.value_and_grad(fn, 0, None, has_aux)
 
     def grad_fn(*args):
-        params, rest = args[0], args[1:]
+        return in_graph(*args)
 
-        def flat_fn(leaves, rest):
-            return fn(_fill(params, leaves, 0)[0], *rest)
-
-        value, grads = ms.value_and_grad(flat_fn, 0, None, has_aux)(flatten(params), rest)
-        return value, _fill(params, grads, 0)[0]
-
-    compiled = jit(grad_fn)
+    from_python = jit(grad_fn)
 
     def call(*args):
         if _inside():
-            return grad_fn(*args)
-        return compiled(*args)
+            return in_graph(*args)
+        return from_python(*args)
 
     call.__name__, call.__doc__ = f"value_and_grad_{fn.__name__}", fn.__doc__  # no __wrapped__: graph code would call fn
     return call
-
-
-def _fill(tree: Any, leaves: tuple, start: int) -> tuple:
-    """Put a flat tuple of leaves, from ``start`` on, into the structure of ``tree``; returns (tree, next start)."""
-    if isinstance(tree, dict):
-        out = {}
-        for key in tree:
-            filled = _fill(tree[key], leaves, start)
-            out[key] = filled[0]
-            start = filled[1]
-        return out, start
-    if isinstance(tree, tuple):
-        items = ()
-        for i in range(len(tree)):
-            filled = _fill(tree[i], leaves, start)
-            items = items + (filled[0],)
-            start = filled[1]
-        return items, start
-    return leaves[start], start + 1

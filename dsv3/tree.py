@@ -40,6 +40,48 @@ def flatten(tree: Any) -> tuple:
     return (tree,)
 
 
+def fill(tree: Any, leaves: tuple) -> Any:
+    """The structure of ``tree`` with a flat tuple of ``leaves`` put in, in the order of ``flatten``. For graph code too."""
+    return _fill(tree, leaves, 0)[0]
+
+
+def _fill(tree: Any, leaves: tuple, start: int) -> tuple:
+    if isinstance(tree, dict):
+        out = {}
+        for key in tree:
+            filled = _fill(tree[key], leaves, start)
+            out[key] = filled[0]
+            start = filled[1]
+        return out, start
+    if isinstance(tree, tuple):
+        items = ()
+        for i in range(len(tree)):
+            filled = _fill(tree[i], leaves, start)
+            items = items + (filled[0],)
+            start = filled[1]
+        return items, start
+    return leaves[start], start + 1
+
+
+def flat_paths(tree: Any) -> tuple:
+    """The paths of the leaves in the order of ``flatten``. Also works in graph code."""
+    return _flat_paths(tree, "")
+
+
+def _flat_paths(tree: Any, prefix: str) -> tuple:
+    if isinstance(tree, dict):
+        out = ()
+        for key in tree:
+            out = out + _flat_paths(tree[key], prefix + "." + key)
+        return out
+    if isinstance(tree, tuple):
+        out = ()
+        for i in range(len(tree)):
+            out = out + _flat_paths(tree[i], prefix + "." + str(i))
+        return out
+    return (prefix[1:],)
+
+
 def paths(tree: Any, is_leaf: Callable | None = None) -> Iterator[tuple[str, Any]]:
     """(path, leaf) pairs in insertion order; a path is the keys joined by dots, ``layers.0.attn.wq_a``."""
     def walk(node: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,9 @@
 """Real text to train on, ready in seconds: the Python standard library, or the user's own files.
 
 `prepare_stdlib` and `open_text` end in a Corpus: a tokenizer and one `.bin`/`.idx` pair whose last documents
-are held out. Everything is made in a directory of its own that gets its name, a hash of what it was made from,
-by one rename when it is complete: processes may do it at once, and a killed one leaves nothing half done.
+are held out. Everything is made in a directory of its own that gets its name, a hash of what it was made
+from, by one rename when it is complete: processes may do it at once, and a killed one leaves nothing half
+done.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ VERSION = 1  # of what is cached; raised when the same inputs would give other f
 class Corpus:
     """Tokenised text. prefix: of the pair; train, valid: sequences [begin, end) of it, for GPTDataset's
     split_range; tokenizer: None only for a pair opened without one."""
+
     name: str
     prefix: str
     train: tuple[int, int]
@@ -74,9 +76,15 @@ def stdlib_texts(max_bytes: int | None = 12_000_000) -> Iterator[tuple[str, str]
             continue  # a few modules declare another encoding
 
 
-def prepare_stdlib(cache_dir: str | os.PathLike | None = None, vocab_size: int = 4096, *,
-                   max_bytes: int | None = 12_000_000, held_out: float = 0.03, train_bytes: int = 4_000_000,
-                   log: Callable[[str], None] = print) -> Corpus:
+def prepare_stdlib(
+    cache_dir: str | os.PathLike | None = None,
+    vocab_size: int = 4096,
+    *,
+    max_bytes: int | None = 12_000_000,
+    held_out: float = 0.03,
+    train_bytes: int = 4_000_000,
+    log: Callable[[str], None] = print,
+) -> Corpus:
     """The standard library as a Corpus with a byte-level BPE of `vocab_size` trained on `train_bytes` of it.
 
     Held out: documents chosen by the hash of their name, about `held_out` of the bytes; the tokenizer has not
@@ -86,20 +94,31 @@ def prepare_stdlib(cache_dir: str | os.PathLike | None = None, vocab_size: int =
     content = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     key = _key("stdlib", platform.python_version(), content, vocab_size, held_out, train_bytes)
     train, valid = _hold_out(texts, held_out)
+    name = f"Python {platform.python_version()} standard library"
 
     def make(place: Path) -> None:
-        log(f"training a tokenizer of {vocab_size} entries on the Python {platform.python_version()} standard library")
-        tokenizer = train_bpe(_first_bytes((texts[n] for n in sorted(train, key=_hash)), train_bytes), vocab_size, place)
+        log(f"training a tokenizer of {vocab_size} entries on the {name}")
+        tokenizer = train_bpe(
+            _first_bytes((texts[n] for n in sorted(train, key=_hash)), train_bytes), vocab_size, place
+        )
         log(f"tokenising {len(train)} files to train on and {len(valid)} held out")
         _tokenise(place, (texts[name] for name in (*train, *valid)), tokenizer)
-        _write_facts(place, f"Python {platform.python_version()} standard library", (len(train), len(texts)))
+        _write_facts(place, name, (len(train), len(texts)))
 
     return _open(_make_once(Path(cache_dir or default_cache()), f"stdlib-{key}", make), None, log)
 
 
-def open_text(path: str | os.PathLike, tokenizer: str | os.PathLike | Tokenizer | None = None,
-              cache_dir: str | os.PathLike | None = None, *, vocab_size: int = 4096, held_out: float = 0.03,
-              train_bytes: int = 8_000_000, workers: int = 1, log: Callable[[str], None] = print) -> Corpus:
+def open_text(
+    path: str | os.PathLike,
+    tokenizer: str | os.PathLike | Tokenizer | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    *,
+    vocab_size: int = 4096,
+    held_out: float = 0.03,
+    train_bytes: int = 8_000_000,
+    workers: int = 1,
+    log: Callable[[str], None] = print,
+) -> Corpus:
     """The user's own text as a Corpus: a text file, a directory, JSON lines (.gz, .zst), parquet, wikitext, a
     glob, or the prefix of a `.bin`/`.idx` pair, which is used where it is.
 
@@ -133,7 +152,7 @@ def open_text(path: str | os.PathLike, tokenizer: str | os.PathLike | Tokenizer 
             preprocess(files, place / "corpus", found, append_eod=found.eos_id is not None, workers=workers)
             for end in ("bin", "idx"):
                 os.rename(place / f"corpus_text_document.{end}", place / f"corpus.{end}")
-            (place / "corpus_preprocess.json").unlink()
+            (place / "corpus_preprocess.journal").unlink()
             train, valid = _tail(IndexedDataset(place / "corpus"), held_out)
             _write_facts(place, name, (train[1], valid[1]))
 
@@ -146,15 +165,17 @@ def range_tokens(indexed: IndexedDataset, sequences: tuple[int, int]) -> np.ndar
     if begin == end:
         return indexed.tokens[:0]
     first, last = (int(indexed.pointers[i]) // indexed.dtype.itemsize for i in (begin, end - 1))
-    return indexed.tokens[first:last + int(indexed.lengths[end - 1])]
+    return indexed.tokens[first : last + int(indexed.lengths[end - 1])]
 
 
-def unigram_entropy(tokens_train: np.ndarray, tokens_valid: np.ndarray, vocab_size: int) -> tuple[float, float]:
+def unigram_entropy(
+    tokens_train: np.ndarray, tokens_valid: np.ndarray, vocab_size: int
+) -> tuple[float, float]:
     """What a model that only counts tokens reaches on the held-out text, in nats a token.
 
-    First: cross-entropy of `tokens_valid` under the counts of `tokens_train`, each plus one. Second: entropy of
-    `tokens_valid`'s own counts, the least any fixed distribution reaches. A model that has learnt anything about
-    order must be below both.
+    First: cross-entropy of `tokens_valid` under the counts of `tokens_train`, each plus one. Second: entropy
+    of `tokens_valid`'s own counts, the least any fixed distribution reaches. A model that has learnt anything
+    about order must be below both.
     """
     if len(tokens_valid) == 0:
         raise ValueError("unigram_entropy: expected held-out tokens, found none")
@@ -194,8 +215,10 @@ def _tail(indexed: IndexedDataset, share: float) -> tuple[tuple[int, int], tuple
     """Sequences to train on and the fewest last ones that hold `share` of the tokens."""
     count = len(indexed)
     if count < 2:
-        raise ValueError(f"{indexed.prefix}: expected at least two documents, to hold one out, found {count}; "
-                         f"split the text into documents")
+        raise ValueError(
+            f"{indexed.prefix}: expected at least two documents, to hold one out, found {count}; "
+            f"split the text into documents"
+        )
     after = np.cumsum(indexed.lengths[::-1], dtype=np.int64)
     held = min(int(np.searchsorted(after, share * after[-1])) + 1, count - 1)
     return (0, count - held), (count - held, count)
@@ -255,7 +278,9 @@ def _open(place: Path, tokenizer: Tokenizer | None, log: Callable[[str], None]) 
 
 def _announce(corpus: Corpus, log: Callable[[str], None]) -> Corpus:
     indexed = IndexedDataset(corpus.prefix)
-    counts = [f"{len(range_tokens(indexed, part)):,} tokens in {part[1] - part[0]:,} documents {what}"
-              for part, what in ((corpus.train, "to train on"), (corpus.valid, "held out"))]
+    counts = [
+        f"{len(range_tokens(indexed, part)):,} tokens in {part[1] - part[0]:,} documents {what}"
+        for part, what in ((corpus.train, "to train on"), (corpus.valid, "held out"))
+    ]
     log(f"{corpus.name}: {counts[0]}, {counts[1]} ({corpus.prefix})")
     return corpus

@@ -26,6 +26,7 @@ KNOWN = (
 @dataclass(frozen=True)
 class Fim:
     """Rate of documents rearranged, the order of the pieces, the ids of the three markers, and the seed."""
+
     rate: float
     format: str
     begin: int
@@ -34,9 +35,10 @@ class Fim:
     seed: int = 0
 
 
-def make_fim(tokenizer: Tokenizer, rate: float, format: str = "psm", tokens: Sequence[str] | None = None,
-             seed: int = 0) -> Fim:
-    """Check the settings against a tokenizer. tokens: names of begin, hole, end; default the known spellings."""
+def make_fim(
+    tokenizer: Tokenizer, rate: float, format: str = "psm", tokens: Sequence[str] | None = None, seed: int = 0
+) -> Fim:
+    """Check the settings against a tokenizer. tokens: names of begin, hole, end; None: known spellings."""
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"fim rate: expected a share in [0, 1], found {rate}")
     if format not in FORMATS:
@@ -47,15 +49,20 @@ def make_fim(tokenizer: Tokenizer, rate: float, format: str = "psm", tokens: Seq
         ids = [tokenizer.token_id(name) for name in names]
         if None not in ids:
             return Fim(rate, format, *ids, seed)
-    raise ValueError(f"{tokenizer.name} has no tokens for fill-in-the-middle (looked for {tokens or 'known names'}); "
-                     f"name them, or train a tokenizer with them as extra tokens")
+    raise ValueError(
+        f"{tokenizer.name} has no tokens for fill-in-the-middle (looked for {tokens or 'known names'}); "
+        f"name them, or train a tokenizer with them as extra tokens"
+    )
 
 
-def apply_fim(text: str, number: int, fim: Fim, encode_batch: Callable[[Sequence[str]], list[list[int]]]) -> list[int]:
+def apply_fim(
+    text: str, number: int, fim: Fim, encode_batch: Callable[[Sequence[str]], list[list[int]]]
+) -> list[int]:
     """Tokens of document `number`, rearranged with probability `fim.rate`.
 
     The draw depends on the seed and the document's number alone, not on workers or batches. The two cuts fall
-    anywhere between characters. psm: begin prefix hole suffix end middle. spm: begin hole suffix end prefix middle.
+    anywhere between characters. psm: begin prefix hole suffix end middle. spm: begin hole suffix end prefix
+    middle.
     """
     rng = np.random.default_rng([fim.seed, number])
     if not text or rng.random() >= fim.rate:

@@ -73,7 +73,8 @@ class IndexedDataset:
         for path in (idx_path(prefix), bin_path(prefix)):
             if not path.is_file():
                 raise FileNotFoundError(
-                    f"{path} does not exist; a prefix names a .bin/.idx pair without its ending")
+                    f"{path} does not exist; a prefix names a .bin/.idx pair without its ending"
+                )
         self.dtype, self.lengths, self.pointers, self.documents = _read_index(idx_path(prefix))
         self.tokens = _map(bin_path(prefix), self.dtype, int(self.lengths.sum(dtype=np.int64)))
 
@@ -81,16 +82,18 @@ class IndexedDataset:
         return len(self.lengths)
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens [offset, offset + length) of a sequence, [length], a view; to its end when `length` is None."""
+        """Tokens [offset, offset + length) of a sequence, a view; to its end when `length` is None."""
         if not 0 <= index < len(self.lengths):
             raise IndexError(f"sequence {index} of {self.prefix}, which has {len(self.lengths)}")
         available = int(self.lengths[index])
         length = available - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > available:
-            raise IndexError(f"tokens [{offset}, {offset + length}) of sequence {index} of {self.prefix}, "
-                             f"which has {available}")
+            raise IndexError(
+                f"tokens [{offset}, {offset + length}) of sequence {index} of {self.prefix}, "
+                f"which has {available}"
+            )
         start = int(self.pointers[index]) // self.dtype.itemsize + offset
-        return self.tokens[start:start + length]
+        return self.tokens[start : start + length]
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.get(index)
@@ -102,8 +105,10 @@ class IndexedDataset:
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     found, expected = path.stat().st_size, count * dtype.itemsize
     if found != expected:
-        raise ValueError(f"{path}: expected {expected} bytes ({count} tokens of {dtype.name}, from the .idx), "
-                         f"found {found}; the pair is incomplete or mixed, write it again")
+        raise ValueError(
+            f"{path}: expected {expected} bytes ({count} tokens of {dtype.name}, from the .idx), "
+            f"found {found}; the pair is incomplete or mixed, write it again"
+        )
     if count == 0:
         return np.zeros(0, dtype)  # an empty file cannot be mapped
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
@@ -116,7 +121,9 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     if head[:9] != MAGIC:
         raise ValueError(f"{path}: header: expected {MAGIC!r}, found {head[:9]!r}; not a Megatron .idx file")
     if len(head) < HEADER.size:
-        raise ValueError(f"{path}: header: expected {HEADER.size} bytes, found {len(head)}; the file is cut off")
+        raise ValueError(
+            f"{path}: header: expected {HEADER.size} bytes, found {len(head)}; the file is cut off"
+        )
     _, version, code, sequences, documents = HEADER.unpack(head)
     if version != 1:
         raise ValueError(f"{path}: version: expected 1, found {version}")
@@ -126,38 +133,48 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
         raise ValueError(f"{path}: document count: expected at least 1, found 0")
     expected = HEADER.size + 12 * sequences + 8 * documents
     if size not in (expected, expected + sequences):
-        raise ValueError(f"{path}: size: expected {expected} bytes ({sequences} sequences, {documents - 1} "
-                         f"documents), found {size}; the file is cut off or its counts are wrong")
+        raise ValueError(
+            f"{path}: size: expected {expected} bytes ({sequences} sequences, {documents - 1} "
+            f"documents), found {size}; the file is cut off or its counts are wrong"
+        )
     raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-    lengths, pointers, starts = np.split(
-        raw[HEADER.size:expected], [4 * sequences, 12 * sequences])
+    lengths, pointers, starts = np.split(raw[HEADER.size : expected], [4 * sequences, 12 * sequences])
     lengths, pointers, starts = lengths.view("<i4"), pointers.view("<i8"), starts.view("<i8")
     _check_arrays(path, DTYPES[code], lengths, pointers, starts)
     return DTYPES[code], lengths, pointers, starts
 
 
-def _check_arrays(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray,
-                  documents: np.ndarray) -> None:
+def _check_arrays(
+    path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray
+) -> None:
     expected = 0
     for begin in range(0, len(lengths), CHUNK):
-        part = lengths[begin:begin + CHUNK].astype(np.int64)
+        part = lengths[begin : begin + CHUNK].astype(np.int64)
         if part.min() < 0:
-            raise ValueError(f"{path}: lengths: expected none below 0, found {part.min()} at sequence "
-                             f"{begin + int(part.argmin())}")
+            raise ValueError(
+                f"{path}: lengths: expected none below 0, found {part.min()} at sequence "
+                f"{begin + int(part.argmin())}"
+            )
         ends = expected + np.cumsum(part) * dtype.itemsize
         starts = ends - part * dtype.itemsize
-        wrong = np.flatnonzero(starts != pointers[begin:begin + CHUNK])
+        wrong = np.flatnonzero(starts != pointers[begin : begin + CHUNK])
         if wrong.size:
             at = int(wrong[0])
-            raise ValueError(f"{path}: pointers: expected {starts[at]} (the bytes before it) at sequence "
-                             f"{begin + at}, found {pointers[begin + at]}")
+            raise ValueError(
+                f"{path}: pointers: expected {starts[at]} (the bytes before it) at sequence "
+                f"{begin + at}, found {pointers[begin + at]}"
+            )
         expected = int(ends[-1])
     if documents[0] != 0 or documents[-1] != len(lengths):
-        raise ValueError(f"{path}: documents: expected first 0 and last {len(lengths)} (the sequences), "
-                         f"found {documents[0]} and {documents[-1]}")
+        raise ValueError(
+            f"{path}: documents: expected first 0 and last {len(lengths)} (the sequences), "
+            f"found {documents[0]} and {documents[-1]}"
+        )
     if np.any(documents[1:] < documents[:-1]):
         at = int(np.argmax(documents[1:] < documents[:-1]))
-        raise ValueError(f"{path}: documents: expected ascending, found {documents[at]} before {documents[at + 1]}")
+        raise ValueError(
+            f"{path}: documents: expected ascending, found {documents[at]} before {documents[at + 1]}"
+        )
 
 
 # ---------------------------------------------------------------- writing
@@ -166,6 +183,7 @@ def _check_arrays(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np
 @dataclass(frozen=True)
 class WriterState:
     """How far a writer got: what is on disk for certain and may be continued from."""
+
     tokens: int = 0
     sequences: int = 0
     documents: int = 0
@@ -180,10 +198,14 @@ class IndexedWriter:
     locked: a second process writing the same prefix gets a ValueError.
     """
 
-    def __init__(self, prefix: str | os.PathLike, dtype: np.dtype | type | str, state: WriterState | None = None):
+    def __init__(
+        self, prefix: str | os.PathLike, dtype: np.dtype | type | str, state: WriterState | None = None
+    ):
         self.prefix, self.dtype = os.fspath(prefix), np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODES:
-            raise ValueError(f"token type: expected one of {[d.name for d in CODES]}, found {self.dtype.name}")
+            raise ValueError(
+                f"token type: expected one of {[d.name for d in CODES]}, found {self.dtype.name}"
+            )
         self.state = state or WriterState()
         self._counts = [self.state.tokens, self.state.sequences, self.state.documents]
         bin_path(prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -191,11 +213,16 @@ class IndexedWriter:
         self._lengths = open(self._partial("len"), "ab+")
         self._documents = open(self._partial("doc"), "ab+")
         try:
-            for file, size in ((self._bin, self.state.tokens * self.dtype.itemsize),
-                               (self._lengths, self.state.sequences * 4), (self._documents, self.state.documents * 8)):
+            for file, size in (
+                (self._bin, self.state.tokens * self.dtype.itemsize),
+                (self._lengths, self.state.sequences * 4),
+                (self._documents, self.state.documents * 8),
+            ):
                 found = os.fstat(file.fileno()).st_size
                 if found < size:
-                    raise ValueError(f"{file.name}: expected at least {size} bytes to continue from, found {found}")
+                    raise ValueError(
+                        f"{file.name}: expected at least {size} bytes to continue from, found {found}"
+                    )
                 file.truncate(size)
         except ValueError:
             self.close()
@@ -207,16 +234,24 @@ class IndexedWriter:
         lengths = ([len(tokens)] if len(tokens) else []) if lengths is None else list(lengths)
         self.add_documents(tokens, lengths, [len(lengths)])
 
-    def add_documents(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray,
-                      sequences: Sequence[int] | np.ndarray) -> None:
-        """Several documents at once. tokens: [sum(lengths)]; lengths: [sum(sequences)] tokens; sequences: [docs]."""
+    def add_documents(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        lengths: Sequence[int] | np.ndarray,
+        sequences: Sequence[int] | np.ndarray,
+    ) -> None:
+        """Several at once. tokens: [sum(lengths)]; lengths: [sum(sequences)]; sequences: [documents]."""
         tokens = _as_tokens(tokens, self.dtype)
         lengths, sequences = np.asarray(lengths, np.int64), np.asarray(sequences, np.int64)
         if lengths.sum() != len(tokens) or sequences.sum() != len(lengths):
-            raise ValueError(f"expected {lengths.sum()} tokens and {sequences.sum()} sequences (the sums of the "
-                             f"lengths given), found {len(tokens)} and {len(lengths)}")
+            raise ValueError(
+                f"expected {lengths.sum()} tokens and {sequences.sum()} sequences (the sums of the "
+                f"lengths given), found {len(tokens)} and {len(lengths)}"
+            )
         if len(lengths) and (lengths.min() < 0 or lengths.max() > np.iinfo(np.int32).max):
-            raise ValueError(f"a sequence of {lengths.max()} tokens does not fit the int32 of the format; split it")
+            raise ValueError(
+                f"a sequence of {lengths.max()} tokens does not fit the int32 of the format; split it"
+            )
         self._bin.write(tokens.tobytes())
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._documents.write((self._counts[1] + np.cumsum(sequences)).astype("<i8").tobytes())
@@ -228,14 +263,18 @@ class IndexedWriter:
         """Everything in another pair of the same token type, in order."""
         part = IndexedDataset(prefix)
         if part.dtype != self.dtype:
-            raise ValueError(f"{part.prefix}: token type: expected {self.dtype.name} as in {self.prefix}, "
-                             f"found {part.dtype.name}")
+            raise ValueError(
+                f"{part.prefix}: token type: expected {self.dtype.name} as in {self.prefix}, "
+                f"found {part.dtype.name}"
+            )
         for begin in range(0, len(part.tokens), CHUNK):
-            self._bin.write(part.tokens[begin:begin + CHUNK].tobytes())
+            self._bin.write(part.tokens[begin : begin + CHUNK].tobytes())
         for begin in range(0, len(part), CHUNK):
-            self._lengths.write(part.lengths[begin:begin + CHUNK].tobytes())
+            self._lengths.write(part.lengths[begin : begin + CHUNK].tobytes())
         for begin in range(1, len(part.documents), CHUNK):
-            self._documents.write((self._counts[1] + part.documents[begin:begin + CHUNK]).astype("<i8").tobytes())
+            self._documents.write(
+                (self._counts[1] + part.documents[begin : begin + CHUNK]).astype("<i8").tobytes()
+            )
         self._counts[0] += len(part.tokens)
         self._counts[1] += len(part)
         self._counts[2] += len(part.documents) - 1
@@ -253,7 +292,9 @@ class IndexedWriter:
         self.sync()
         index = self._partial("idx")
         with open(index, "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], self.state.sequences, self.state.documents + 1))
+            file.write(
+                HEADER.pack(MAGIC, 1, CODES[self.dtype], self.state.sequences, self.state.documents + 1)
+            )
             for part in _chunks(self._lengths, "<i4"):
                 file.write(part.tobytes())
             start = 0
@@ -297,8 +338,9 @@ class IndexedWriter:
             self.close()
 
 
-def write_documents(prefix: str | os.PathLike, documents: Iterable[Sequence[int] | np.ndarray],
-                    dtype: np.dtype | type | str) -> WriterState:
+def write_documents(
+    prefix: str | os.PathLike, documents: Iterable[Sequence[int] | np.ndarray], dtype: np.dtype | type | str
+) -> WriterState:
     """Write one sequence a document and finalise the pair. Returns the counts."""
     with IndexedWriter(prefix, dtype) as writer:
         for tokens in documents:
@@ -329,8 +371,10 @@ def _as_tokens(tokens: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarra
     if found.dtype != dtype and dtype.kind in "iu":
         low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
         if found.dtype.kind not in "iu" or found.min() < low or found.max() > high:
-            raise ValueError(f"tokens: expected integers in [{low}, {high}] ({dtype.name}), found {found.dtype.name} "
-                             f"in [{found.min()}, {found.max()}]; is the vocabulary larger than the token type?")
+            raise ValueError(
+                f"tokens: expected integers in [{low}, {high}] ({dtype.name}), found {found.dtype.name} "
+                f"in [{found.min()}, {found.max()}]; is the vocabulary larger than the token type?"
+            )
     return found.astype(dtype, copy=False)
 
 
@@ -348,7 +392,9 @@ def _lock(path: Path) -> BinaryIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ValueError(f"{path} is being written by another process; wait for it or choose another prefix") from None
+            raise ValueError(
+                f"{path} is being written by another process; wait for it or choose another prefix"
+            ) from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()

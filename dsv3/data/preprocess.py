@@ -1,60 +1,35 @@
 """Text files to Megatron `.bin`/`.idx`: parallel, in order, in constant memory, and able to be killed.
 
-One process reads, N worker processes parse and tokenise, the first one writes. A bounded window of batches is
-in flight, so memory does not grow with the input. Every half a minute the output so far is put on disk and a
-journal, `<prefix>_preprocess.json`, says how far it reaches; a run with the same inputs, options and tokenizer
-continues from there, and the result is the same to the byte. Workers are started afresh ("spawn"), which is
-safe beside running threads; a script that calls `preprocess(workers=2)` needs `if __name__ == "__main__":`.
+One process reads, N worker processes parse and tokenise, the first one writes. Every half a minute the output
+so far is put on disk and a journal, `<prefix>_preprocess.journal`, says how far it reaches; a run with the
+same inputs, options and tokenizer continues from there, and the result is the same to the byte. A script that
+calls `preprocess(workers=2)` needs `if __name__ == "__main__":`, as always with Python's worker processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from .fim import Fim, apply_fim, make_fim
+from .encoding import Encoding, batched, encode_all
+from .fim import make_fim
 from .indexed import IndexedWriter, WriterState, exists, merge, token_dtype
-from .sources import BadDocument, Raw, expand_inputs, parse, read_raw
+from .sources import Raw, expand_inputs, read_raw
 from .tokenizer import Tokenizer, load_tokenizer
-
-BATCH_BYTES, BATCH_ITEMS = 1 << 19, 256
-WINDOW = 3  # batches in flight for each worker
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What is done to each document; everything here changes the output and is part of the fingerprint.
-
-    Tokens of a document: bos when `add_bos`, the text, eos when `add_eos` (never twice); an empty text gives an
-    empty document. `layout` "none": a document keeps its length. "pad": cut or filled with eos to `length`
-    tokens. "stitch": all documents run on and are cut into pieces of `length`, the last short one is dropped.
-    """
-    keys: tuple[str, ...] = ("text",)
-    add_bos: bool = False
-    add_eos: bool = False
-    layout: str = "none"
-    length: int | None = None
-    one_per_line: bool = False
-    skip_bad: bool = False
-    fim: Fim | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a run made: prefix of the pair by key, counts over all keys, bad documents skipped, seconds."""
+
     prefixes: dict[str, str]
     documents: int
     sequences: int
@@ -64,28 +39,51 @@ class Summary:
     continued_at: int  # documents already there when the run began
 
 
-def preprocess(inputs: str | os.PathLike | Sequence[str | os.PathLike], output_prefix: str | os.PathLike,
-               tokenizer: str | os.PathLike | Tokenizer, *, json_keys: Sequence[str] = ("text",),
-               append_eod: bool = False, add_bos_token: bool = False, add_eos_token: bool = False,
-               workers: int = 1, partitions: int = 1, partition: int | None = None,
-               seq_length: int | None = None, pad_or_stitch: str = "none", one_per_line: bool = False,
-               skip_bad: bool = False, fim_rate: float = 0.0, fim_format: str = "psm",
-               fim_tokens: Sequence[str] | None = None, seed: int = 0, log_interval: int = 1000,
-               progress: bool = False, sync_seconds: float = 30.0) -> Summary:
+def preprocess(
+    inputs: str | os.PathLike | Sequence[str | os.PathLike],
+    output_prefix: str | os.PathLike,
+    tokenizer: str | os.PathLike | Tokenizer,
+    *,
+    json_keys: Sequence[str] = ("text",),
+    append_eod: bool = False,
+    add_bos_token: bool = False,
+    add_eos_token: bool = False,
+    workers: int = 1,
+    partitions: int = 1,
+    partition: int | None = None,
+    seq_length: int | None = None,
+    pad_or_stitch: str = "none",
+    one_per_line: bool = False,
+    skip_bad: bool = False,
+    fim_rate: float = 0.0,
+    fim_format: str = "psm",
+    fim_tokens: Sequence[str] | None = None,
+    seed: int = 0,
+    log_interval: int = 1000,
+    progress: bool = False,
+    sync_seconds: float = 30.0,
+) -> Summary:
     """Tokenise `inputs` into `<output_prefix>_<key>_document.bin` and `.idx`, one pair for each key.
 
     append_eod, add_eos_token: eos after each document. add_bos_token: bos before it. seq_length: pieces of
-    seq_length + 1 tokens for pad_or_stitch "pad" and "stitch". partitions: part k takes documents k,
-    k + partitions, ... and is finished on its own; the result joins the parts in order, as Megatron-LM does.
-    partition: make that part only (another machine makes the others), nothing is joined. skip_bad: count
-    documents that cannot be read instead of stopping. fim_*: see fim.py. sync_seconds: between journal entries.
-    Raises ValueError or FileNotFoundError naming option, file and line.
+    seq_length + 1 tokens for pad_or_stitch "pad" and "stitch". partitions: part k takes documents k, k +
+    partitions, ... and is finished on its own; the result joins the parts in order, as Megatron-LM does.
+    partition: make that part only (another machine makes the others), nothing is joined. workers: processes;
+    with 1 all is done in this one, where `tokenizers` uses threads of its own. skip_bad: count documents that
+    cannot be read instead of stopping. fim_*: see fim.py. sync_seconds: between journal entries. Raises
+    ValueError or FileNotFoundError naming option, file and line.
     """
     tokenizer = load_tokenizer(tokenizer)
     encoding = Encoding(
-        keys=tuple(json_keys), add_bos=add_bos_token, add_eos=append_eod or add_eos_token,
-        layout=pad_or_stitch, length=None if seq_length is None else seq_length + 1, one_per_line=one_per_line,
-        skip_bad=skip_bad, fim=make_fim(tokenizer, fim_rate, fim_format, fim_tokens, seed) if fim_rate else None)
+        keys=tuple(json_keys),
+        add_bos=add_bos_token,
+        add_eos=append_eod or add_eos_token,
+        layout=pad_or_stitch,
+        length=None if seq_length is None else seq_length + 1,
+        one_per_line=one_per_line,
+        skip_bad=skip_bad,
+        fim=make_fim(tokenizer, fim_rate, fim_format, fim_tokens, seed) if fim_rate else None,
+    )
     _check(encoding, tokenizer, workers, partitions, partition)
     files = expand_inputs(inputs)
     prefix = os.fspath(output_prefix)
@@ -101,12 +99,24 @@ def preprocess(inputs: str | os.PathLike | Sequence[str | os.PathLike], output_p
     for key, whole in prefixes.items():
         merge([part.prefixes[key] for part in parts], whole)
     for part in range(partitions):
-        for path in [_journal(f"{prefix}_{part}"), *(Path(f"{_pair(f'{prefix}_{part}', key)}.{end}")
-                                                     for key in encoding.keys for end in ("bin", "idx"))]:
+        for path in [
+            _journal(f"{prefix}_{part}"),
+            *(
+                Path(f"{_pair(f'{prefix}_{part}', key)}.{end}")
+                for key in encoding.keys
+                for end in ("bin", "idx")
+            ),
+        ]:
             path.unlink()
-    return Summary(prefixes, sum(p.documents for p in parts), sum(p.sequences for p in parts),
-                   sum(p.tokens for p in parts), sum(p.bad for p in parts), time.monotonic() - started,
-                   sum(p.continued_at for p in parts))
+    return Summary(
+        prefixes,
+        sum(p.documents for p in parts),
+        sum(p.sequences for p in parts),
+        sum(p.tokens for p in parts),
+        sum(p.bad for p in parts),
+        time.monotonic() - started,
+        sum(p.continued_at for p in parts),
+    )
 
 
 # ---------------------------------------------------------------- one output
@@ -132,8 +142,12 @@ def _make(run: _Run, prefix: str, part: int, parts: int) -> Summary:
     journal = _read_journal(prefix, fingerprint)
     if journal["done"] and all(map(exists, prefixes.values())):
         return _summary(prefixes, journal, started, journal["items"])
-    if journal["done"] or not all(_can_continue(prefixes[key], state) for key, state in journal["writers"].items()):
-        journal = _new_journal(fingerprint)  # an output was removed, or renamed just before the kill: make it again
+    if journal["done"] or not all(
+        _can_continue(prefixes[key], state) for key, state in journal["writers"].items()
+    ):
+        journal = _new_journal(
+            fingerprint
+        )  # an output was removed, or renamed just before the kill: make it again
     dtype = token_dtype(run.tokenizer.vocab_size)
     writers: dict[str, IndexedWriter] = {}
     begun = journal["items"]
@@ -146,10 +160,13 @@ def _make(run: _Run, prefix: str, part: int, parts: int) -> Summary:
         total = sum(map(os.path.getsize, run.files))
         with _progress(run.progress, total, run.log_interval) as advance:
             last = time.monotonic()
-            for encoded in _encode_all(_batches(_skip(raws, begun, advance)), run):
+            batches = batched(_skip(raws, begun, advance))
+            for encoded in encode_all(batches, run.tokenizer, encoding, run.workers):
                 for key, (tokens, lengths, sequences) in encoded.arrays.items():
                     if encoding.layout == "stitch":
-                        carry[key] = _stitch(writers[key], np.concatenate([carry[key], tokens]), encoding.length)
+                        carry[key] = _stitch(
+                            writers[key], np.concatenate([carry[key], tokens]), encoding.length
+                        )
                     else:
                         writers[key].add_documents(tokens, lengths, sequences)
                 journal["items"] += encoded.items
@@ -170,7 +187,7 @@ def _make(run: _Run, prefix: str, part: int, parts: int) -> Summary:
 
 
 def _skip(raws: Iterator[tuple[int, Raw]], count: int, advance: Callable) -> Iterator[tuple[int, Raw]]:
-    for number, raw in islice(raws, count):
+    for _, raw in islice(raws, count):
         advance(raw.size, 1)
     yield from raws
 
@@ -178,32 +195,47 @@ def _skip(raws: Iterator[tuple[int, Raw]], count: int, advance: Callable) -> Ite
 def _stitch(writer: IndexedWriter, tokens: np.ndarray, length: int) -> np.ndarray:
     """Write the whole pieces of `tokens`, each a document; return what is left over."""
     pieces = len(tokens) // length
-    writer.add_documents(tokens[:pieces * length], np.full(pieces, length), np.ones(pieces, np.int64))
-    return tokens[pieces * length:]
+    writer.add_documents(tokens[: pieces * length], np.full(pieces, length), np.ones(pieces, np.int64))
+    return tokens[pieces * length :]
 
 
 def _summary(prefixes: dict[str, str], journal: dict, started: float, begun: int) -> Summary:
     states = [WriterState(**state) for state in journal["writers"].values()]
-    return Summary(prefixes, sum(s.documents for s in states), sum(s.sequences for s in states),
-                   sum(s.tokens for s in states), journal["bad"], time.monotonic() - started, begun)
+    return Summary(
+        prefixes,
+        sum(s.documents for s in states),
+        sum(s.sequences for s in states),
+        sum(s.tokens for s in states),
+        journal["bad"],
+        time.monotonic() - started,
+        begun,
+    )
 
 
 def _pair(prefix: str, key: str) -> str:
     return f"{prefix}_{key}_document"
 
 
-def _check(encoding: Encoding, tokenizer: Tokenizer, workers: int, partitions: int, partition: int | None) -> None:
+def _check(
+    encoding: Encoding, tokenizer: Tokenizer, workers: int, partitions: int, partition: int | None
+) -> None:
     if not encoding.keys or len(set(encoding.keys)) != len(encoding.keys):
         raise ValueError(f"json_keys: expected different names, at least one, found {encoding.keys}")
     if encoding.layout not in ("none", "pad", "stitch"):
         raise ValueError(f"pad_or_stitch: expected none, pad or stitch, found {encoding.layout!r}")
     if encoding.layout != "none" and (encoding.length is None or encoding.length < 2):
-        raise ValueError(f"pad_or_stitch {encoding.layout}: expected a seq_length of at least 1; give seq_length")
+        raise ValueError(
+            f"pad_or_stitch {encoding.layout}: expected a seq_length of at least 1; give seq_length"
+        )
     if (encoding.add_eos or encoding.layout == "pad") and tokenizer.eos_id is None:
-        raise ValueError(f"{tokenizer.name} has no end token to append or fill with; name it as eos_token in a "
-                         f"tokenizer_config.json beside it")
+        raise ValueError(
+            f"{tokenizer.name} has no end token to append or fill with; name it as eos_token in a "
+            f"tokenizer_config.json beside it"
+        )
     if encoding.add_bos and tokenizer.bos_id is None:
-        raise ValueError(f"{tokenizer.name} has no begin token; name it as bos_token in a tokenizer_config.json beside it")
+        raise ValueError(
+            f"{tokenizer.name} has no begin token; name it as bos_token in a tokenizer_config.json beside it"
+        )
     if workers < 1 or partitions < 1:
         raise ValueError(f"workers and partitions: expected at least 1, found {workers} and {partitions}")
     if partition is not None and not 0 <= partition < partitions:
@@ -214,7 +246,7 @@ def _check(encoding: Encoding, tokenizer: Tokenizer, workers: int, partitions: i
 
 
 def _journal(prefix: str) -> Path:
-    return Path(f"{prefix}_preprocess.json")
+    return Path(f"{prefix}_preprocess.journal")  # not .json: it may lie among the inputs
 
 
 def _new_journal(fingerprint: str) -> dict:
@@ -243,7 +275,9 @@ def _write_journal(prefix: str, journal: dict) -> None:
     os.replace(partial, path)
 
 
-def _checkpoint(prefix: str, journal: dict, writers: dict[str, IndexedWriter], carry: dict[str, np.ndarray]) -> None:
+def _checkpoint(
+    prefix: str, journal: dict, writers: dict[str, IndexedWriter], carry: dict[str, np.ndarray]
+) -> None:
     journal["writers"] = {key: asdict(writer.sync()) for key, writer in writers.items()}
     journal["carry"] = {key: tokens.tolist() for key, tokens in carry.items()}
     _write_journal(prefix, journal)
@@ -260,120 +294,11 @@ def _fingerprint(run: _Run, part: int, parts: int) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------- encoding
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A batch done. arrays, by key: tokens [n], lengths of sequences, sequences of documents."""
-    arrays: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
-    items: int
-    bad: int
-    size: int
-
-
-def _batches(raws: Iterator[tuple[int, Raw]]) -> Iterator[list[tuple[int, Raw]]]:
-    batch, size = [], 0
-    for item in raws:
-        batch.append(item)
-        payload = item[1].payload
-        size += len(payload) if isinstance(payload, bytes) else sum(len(str(text)) for text in payload.values())
-        if size >= BATCH_BYTES or len(batch) >= BATCH_ITEMS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode_all(batches: Iterator[list[tuple[int, Raw]]], run: _Run) -> Iterator[_Encoded]:
-    """Batches encoded, in order; at most WINDOW batches a worker exist at any time."""
-    if run.workers == 1:
-        for batch in batches:
-            yield encode_documents(batch, run.tokenizer, run.encoding)
-        return
-    pool = ProcessPoolExecutor(run.workers, multiprocessing.get_context("spawn"), _start_worker,
-                               (run.tokenizer.name, run.encoding))
-    try:
-        window: deque = deque()
-        for batch in batches:
-            window.append(pool.submit(_work, batch))
-            if len(window) >= WINDOW * run.workers:
-                yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def encode_documents(batch: Sequence[tuple[int, Raw]], tokenizer: Tokenizer, encoding: Encoding) -> _Encoded:
-    """Parse and tokenise a batch of (number, document). Raises BadDocument unless `encoding.skip_bad`."""
-    documents, numbers, bad = [], [], 0
-    for number, raw in batch:
-        try:
-            documents.append(parse(raw, encoding.keys))
-            numbers.append(number)
-        except BadDocument:
-            if not encoding.skip_bad:
-                raise
-            bad += 1
-    arrays = {}
-    for key in encoding.keys:
-        texts = [text for document in documents for text in document[key]]
-        if encoding.fim:
-            owners = [number for number, document in zip(numbers, documents) for _ in document[key]]
-            ids = [apply_fim(text, number, encoding.fim, tokenizer.encode_batch)
-                   for text, number in zip(texts, owners)]
-        else:
-            ids = tokenizer.encode_batch(texts)
-        arrays[key] = _pack(iter(ids), [len(document[key]) for document in documents], tokenizer, encoding)
-    return _Encoded(arrays, len(batch), bad, sum(raw.size for _, raw in batch))
-
-
-def _pack(ids: Iterator[list[int]], counts: list[int], tokenizer: Tokenizer, encoding: Encoding
-          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    tokens, lengths, sequences = [], [], []
-    for count in counts:
-        texts = [found for found in islice(ids, count) if found]
-        if texts and encoding.add_bos:
-            texts[0] = [tokenizer.bos_id, *texts[0]]
-        if texts and encoding.add_eos:
-            texts[-1] = [*texts[-1], tokenizer.eos_id]
-        if texts and encoding.layout == "pad":
-            whole = [token for text in texts for token in text][:encoding.length]
-            texts = [whole + [tokenizer.eos_id] * (encoding.length - len(whole))]
-        for text in texts:
-            tokens += text
-            lengths.append(len(text))
-        sequences.append(len(texts))
-    return (np.asarray(tokens, token_dtype(tokenizer.vocab_size)), np.asarray(lengths, np.int64),
-            np.asarray(sequences, np.int64))
-
-
-_worker: tuple[Tokenizer, Encoding] | None = None  # of a worker process, set once when it starts
-
-
-def _start_worker(tokenizer_name: str, encoding: Encoding) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the parent, which ends the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = load_tokenizer(tokenizer_name), encoding
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # a killed parent cannot tell its workers
-    os._exit(1)
-
-
-def _work(batch: list[tuple[int, Raw]]) -> _Encoded:
-    return encode_documents(batch, *_worker)
-
-
 # ---------------------------------------------------------------- progress
 
 
 class _progress:
-    """`with _progress(...) as advance: advance(bytes, documents)`: a bar with MB/s and documents, or nothing."""
+    """`with _progress(...) as advance: advance(bytes, documents)`: a bar with bytes/s, or nothing."""
 
     def __init__(self, show: bool, total: int, log_interval: int):
         self.show, self.total, self.interval, self.documents = show, total, max(log_interval, 1), 0
@@ -382,6 +307,7 @@ class _progress:
         self.bar = None
         if self.show:
             from tqdm import tqdm
+
             self.bar = tqdm(total=self.total, unit="B", unit_scale=True, desc="tokenise")
         return self.advance
 

@@ -27,7 +27,8 @@ HEADING = re.compile(rb"^ = (?!=)[^\n]*(?<!=) = *$")  # " = Title = ", not " = =
 
 @dataclass(frozen=True)
 class Raw:
-    """One document as found. kind: "json", "text" or "columns"; size: bytes of the file read since the last."""
+    """One document as found. kind: "json", "text" or "columns"; size: bytes of the file it took."""
+
     kind: str
     file: str
     line: int
@@ -47,8 +48,12 @@ def expand_inputs(inputs: str | os.PathLike | Sequence[str | os.PathLike]) -> li
         if os.path.isfile(name):
             found = [name]
         elif os.path.isdir(name):
-            found = sorted(os.path.join(root, file) for root, _, names in os.walk(name) for file in names
-                           if file.lower().endswith(KNOWN))
+            found = sorted(
+                os.path.join(root, file)
+                for root, _, names in os.walk(name)
+                for file in names
+                if file.lower().endswith(KNOWN)
+            )
             if not found:
                 raise ValueError(f"{name}: expected files ending in {', '.join(KNOWN)}, found none")
         else:
@@ -61,7 +66,9 @@ def expand_inputs(inputs: str | os.PathLike | Sequence[str | os.PathLike]) -> li
     return files
 
 
-def read_raw(files: Sequence[str], keys: Sequence[str] = ("text",), one_per_line: bool = False) -> Iterator[Raw]:
+def read_raw(
+    files: Sequence[str], keys: Sequence[str] = ("text",), one_per_line: bool = False
+) -> Iterator[Raw]:
     """Undecoded documents of `files`, in order.
 
     JSON lines: a document a line. Parquet: a document a row, of columns `keys`. `*.tokens` (wikitext): cut
@@ -103,21 +110,29 @@ def parse(raw: Raw, keys: Sequence[str] = ("text",)) -> dict[str, list[str]]:
     else:
         record = raw.payload
     if not isinstance(record, dict):
-        raise BadDocument(f"{raw.file}:{raw.line}: expected a JSON object a line, found {type(record).__name__}")
+        raise BadDocument(
+            f"{raw.file}:{raw.line}: expected a JSON object a line, found {type(record).__name__}"
+        )
     texts = {}
     for key in keys:
         if key not in record:
-            raise BadDocument(f"{raw.file}:{raw.line}: no key {key!r}; found {', '.join(map(repr, record)) or 'none'}")
+            raise BadDocument(
+                f"{raw.file}:{raw.line}: no key {key!r}; found {', '.join(map(repr, record)) or 'none'}"
+            )
         value = record[key]
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise BadDocument(f"{raw.file}:{raw.line}: {key!r}: expected a string or a list of strings, "
-                              f"found {type(record[key]).__name__}")
+            raise BadDocument(
+                f"{raw.file}:{raw.line}: {key!r}: expected a string or a list of strings, "
+                f"found {type(record[key]).__name__}"
+            )
         for text in value:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise BadDocument(f"{raw.file}:{raw.line}: {key!r}: half of a surrogate pair: {error}") from error
+                raise BadDocument(
+                    f"{raw.file}:{raw.line}: {key!r}: half of a surrogate pair: {error}"
+                ) from error
         texts[key] = value
     return texts
 
@@ -128,7 +143,9 @@ def _decode(raw: Raw, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.line + data.count(b"\n", 0, error.start)
-        raise BadDocument(f"{raw.file}:{line}: not UTF-8: byte 0x{data[error.start]:02x}, {error.reason}") from error
+        raise BadDocument(
+            f"{raw.file}:{line}: not UTF-8: byte 0x{data[error.start]:02x}, {error.reason}"
+        ) from error
 
 
 def _lines(file: str, kind: str) -> Iterator[Raw]:
@@ -154,7 +171,9 @@ def _unpack(file: str, source: BinaryIO) -> BinaryIO:
             import zstandard
         except ImportError as error:
             raise ValueError(f"{file} needs the package 'zstandard': pip install zstandard") from error
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True), 1 << 20)
+        return io.BufferedReader(
+            zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True), 1 << 20
+        )
     return source
 
 

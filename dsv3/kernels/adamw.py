@@ -15,6 +15,9 @@ from mindspore.ops.primitive import constexpr
 from dsv3.kernels import native
 
 
+_map = ops.Map()  # a loop or comprehension over leaves nests one graph call a leaf, and MindSpore allows 1000
+
+
 def global_norm_sq(*grads: Tensor) -> Tensor:
     """The sum of the squares of all elements of all tensors: 0-D float32.
 
@@ -26,9 +29,9 @@ def global_norm_sq(*grads: Tensor) -> Tensor:
     Raises:
         ValueError: no tensor, or one of another dtype.
     """
-    _check_dtypes("global_norm_sq", [grad.dtype for grad in grads])
+    _check_grads(_map(_dtype, grads))
     if native.enabled():
-        return _norm_op()(*grads)
+        return _norm_op()(*grads).reshape(())
     return global_norm_sq_reference(*grads)
 
 
@@ -62,10 +65,10 @@ def adamw_update(scalars: Tensor, params: tuple, grads: tuple, m: tuple, v: tupl
         ValueError: tuples of different lengths, shapes or dtypes that do not fit, a bfloat16 param without master,
             and, in the reference on the CPU, a bfloat16 leaf, to which MindSpore cannot assign there.
     """
-    owners = _check_update(scalars, params, grads, m, v, decay, masters)
     if native.enabled():
-        return _update_op()(scalars, _flags(decay), *params, *grads, *m, *v, *masters)
-    return _update_reference(scalars, params, grads, m, v, decay, owners)
+        flags, _ = _plan(scalars, params, grads, m, v, decay, masters)
+        return _update_op()(scalars, flags, *params, *grads, *m, *v, *masters)
+    return adamw_update_reference(scalars, params, grads, m, v, decay, masters)
 
 
 def global_norm_sq_reference(*grads: Tensor) -> Tensor:
@@ -79,14 +82,11 @@ def global_norm_sq_reference(*grads: Tensor) -> Tensor:
 def adamw_update_reference(scalars: Tensor, params: tuple, grads: tuple, m: tuple, v: tuple, decay: tuple,
                            masters: tuple = ()) -> Tensor:
     """``adamw_update`` composed of MindSpore operators: one chain of them a leaf, on any device."""
-    owners = _check_update(scalars, params, grads, m, v, decay, masters)
-    return _update_reference(scalars, params, grads, m, v, decay, owners)
-
-
-def _update_reference(scalars, params, grads, m, v, decay, owners):
-    _check_assignable([leaf.dtype for leaf in params + m + v])
-    done = [_update_leaf(scalars, params[i], grads[i], m[i], v[i], decay[i], owners[i]) for i in range(len(params))]
-    return ops.depend(scalars[0:1], tuple(done))
+    _check_assignable(_map(_dtype, params + m + v))
+    _, places = _plan(scalars, params, grads, m, v, decay, masters)
+    owners = _map(ops.partial(_take, params + masters), places)
+    done = _map(ops.partial(_update_leaf, scalars), params, grads, m, v, decay, owners)
+    return ops.depend(scalars[0:1], done)
 
 
 def _update_leaf(scalars, param, grad, m, v, decay, owner):
@@ -103,83 +103,93 @@ def _update_leaf(scalars, param, grad, m, v, decay, owner):
     return done
 
 
-def _check_update(scalars, params, grads, m, v, decay, masters):
-    """Raises ValueError as adamw_update says; returns the tensors that hold each leaf's float32 value.
+def _dtype(x):
+    return x.dtype
 
-    Shapes and dtypes go to constexprs, all leaves at once: an ``if`` in a loop over leaves would nest one graph call
-    a leaf, and a few hundred exceed MindSpore's depth.
+
+def _shape(x):
+    return x.shape
+
+
+def _take(leaves, i):
+    return leaves[i]
+
+
+def _plan(scalars, params, grads, m, v, decay, masters):
+    """Checks all that adamw_update promises; returns the flags of the native kernel, and for each leaf the place in
+    params + masters of the tensor that holds its float32 value.
+
+    One constexpr sees all leaves at once, since a condition for each would take long to compile; its results are
+    used, since MindSpore drops a constexpr, errors and all, whose result is not.
     """
-    _check_scalars(scalars.shape, scalars.dtype)
-    _check_lengths(len(params), len(grads), len(m), len(v), len(decay))
-    _check_dtypes("adamw_update", [leaf.dtype for leaf in params + grads + m + v])
-    candidates = params + masters
-    places = _owner_places([leaf.dtype for leaf in params], [leaf.dtype for leaf in masters])
-    owners = [candidates[i] for i in places]
-    _check_shapes([leaf.shape for leaf in params], [leaf.shape for leaf in grads], [leaf.shape for leaf in m],
-                  [leaf.shape for leaf in v], [leaf.shape for leaf in owners])
-    return owners
+    dtypes = (_map(_dtype, params), _map(_dtype, grads), _map(_dtype, m), _map(_dtype, v), _map(_dtype, masters))
+    shapes = (_map(_shape, params), _map(_shape, grads), _map(_shape, m), _map(_shape, v), _map(_shape, masters))
+    return _plan_of(scalars.shape, scalars.dtype, dtypes, shapes, decay)
 
 
 @constexpr
-def _check_dtypes(name, dtypes):
-    if not dtypes:
-        raise ValueError(f"{name}: expected at least one tensor, found none")
-    for dtype in dtypes:
-        if dtype not in (ms.float32, ms.bfloat16):
-            raise ValueError(f"{name}: expected float32 or bfloat16 leaves, found {dtype}; cast it")
-
-
-@constexpr
-def _check_scalars(shape, dtype):
-    if shape != (8,) or dtype != ms.float32:
+def _plan_of(scalars_shape, scalars_dtype, dtypes, shapes, decay):
+    if scalars_shape != (8,) or scalars_dtype != ms.float32:
         raise ValueError("adamw_update: expected scalars [8] float32 (lr, beta1, beta2, eps, weight_decay, "
-                         f"correction1, correction2, grad_scale), found {shape} {dtype}")
+                         f"correction1, correction2, grad_scale), found {scalars_shape} {scalars_dtype}")
+    lengths = [*map(len, dtypes[:4]), len(decay)]
+    if len(set(lengths)) != 1 or not decay:
+        raise ValueError(f"adamw_update: expected params, grads, m, v and decay of one length, found {lengths}")
+    for dtype in sum(map(tuple, dtypes[:4]), ()):
+        _check_dtype("adamw_update", dtype)
+    wide, masters = [dtype == ms.float32 for dtype in dtypes[0]], dtypes[4]
+    if wide.count(False) != len(masters) or any(dtype != ms.float32 for dtype in masters):
+        raise ValueError(f"adamw_update: {wide.count(False)} params are bfloat16 and need as many float32 masters, in "
+                         f"order; found {len(masters)} of {[str(dtype) for dtype in masters]}")
+    next_master = iter(range(len(wide), len(wide) + len(masters)))
+    places = tuple(i if is_wide else next(next_master) for i, is_wide in enumerate(wide))
+    for i, place in enumerate(places):
+        found = [tuple(leaves[i]) for leaves in shapes[:4]] + [tuple((*shapes[0], *shapes[4])[place])]
+        if len(set(found)) != 1:
+            raise ValueError(f"adamw_update: expected one shape of param, grad, m, v and master of leaf {i}, found "
+                             f"{found}")
+    return Tensor(np.array(decay, np.int32)), places
+
+
+def _check_dtype(name, dtype):
+    if dtype not in (ms.float32, ms.bfloat16):
+        raise ValueError(f"{name}: expected float32 or bfloat16 leaves, found {dtype}; cast it")
+
+
+def _check_grads(dtypes):
+    if _count_leaves(dtypes) == 0:
+        raise ValueError("global_norm_sq: expected at least one tensor, found none")
 
 
 @constexpr
-def _check_lengths(params, grads, m, v, decay):
-    if not params == grads == m == v == decay:
-        raise ValueError("adamw_update: expected params, grads, m, v and decay of one length, found "
-                         f"{params}, {grads}, {m}, {v} and {decay}")
+def _count_leaves(dtypes):
+    for dtype in dtypes:
+        _check_dtype("global_norm_sq", dtype)
+    return len(dtypes)
 
 
-@constexpr
-def _check_shapes(params, grads, m, v, owners):
-    for i, shapes in enumerate(zip(params, grads, m, v, owners)):
-        if len(set(map(tuple, shapes))) != 1:
-            raise ValueError("adamw_update: expected param, grad, m, v and master of one shape, found "
-                             f"{', '.join(map(str, shapes))} at leaf {i}")
-
-
-@constexpr
-def _owner_places(params, masters):
-    """For each param the place in params + masters of the tensor that holds its float32 value."""
-    needed = sum(dtype != ms.float32 for dtype in params)
-    if needed != len(masters) or any(dtype != ms.float32 for dtype in masters):
-        raise ValueError(f"adamw_update: {needed} params are bfloat16 and need as many float32 masters, in order; "
-                         f"found {len(masters)} of {[str(dtype) for dtype in masters]}")
-    masters_left = iter(range(len(params), len(params) + needed))
-    return tuple(i if dtype == ms.float32 else next(masters_left) for i, dtype in enumerate(params))
-
-
-@constexpr
 def _check_assignable(dtypes):
-    if ms.get_context("device_target") == "CPU" and ms.bfloat16 in dtypes:
+    if _is_cpu() and _has_bfloat16(dtypes):
         raise ValueError("adamw_update: MindSpore's CPU backend cannot assign to bfloat16 leaves; use the native "
                          "kernel (a C++ compiler, DSV3_KERNELS=auto) or float32 params and moments")
 
 
 @constexpr
-def _flags(decay):
-    return Tensor(np.array(decay, np.int32))
+def _is_cpu():
+    return ms.get_context("device_target") == "CPU"
+
+
+@constexpr
+def _has_bfloat16(dtypes):
+    return ms.bfloat16 in dtypes
 
 
 @functools.cache
 def _ops():
-    def op(function, shape):
-        return native.native_op("adamw", function, lambda *shapes: shape, lambda *dtypes: ms.float32)
+    def op(function):
+        return native.native_op("adamw", function, lambda *shapes: (1,), lambda *dtypes: ms.float32)
 
-    return op("global_norm_sq", ()), op("adamw_update", (1,))
+    return op("global_norm_sq"), op("adamw_update")
 
 
 @constexpr

@@ -1,7 +1,7 @@
 """Multi-head latent attention between its projections: rotation, causal scores, softmax, values.
 
-``mla_attention`` is one function with two implementations: C++ on the CPU (``attention.cc``) and a composition of
-MindSpore operators, which is the reference and what every other device compiles.
+``mla_attention`` is one function with two implementations: C++ on the CPU (``attention.cc``) and a
+composition of MindSpore operators, which is the reference and what every other device compiles.
 """
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dsv3.kernels import native
 from dsv3.kernels.rotary import apply_rotary
 
 
-def mla_attention(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim,
-                  scale):
+def mla_attention(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head_dim, qk_rope_head_dim,
+                  v_head_dim, scale):
     """Causal attention of H heads that share one rotary key. DeepSeek-V3 report, eqs. 4 and 7 to 10.
 
     Token t attends to s when s <= t and both carry the same segment id. Scores are
@@ -39,22 +39,24 @@ def mla_attention(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head
     Raises:
         ValueError: a tensor's shape does not follow from the sizes given, R is odd, or dtypes differ.
     """
-    _check_shapes(q, kv, k_pe, cos, sin, segment_ids, num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
+    H, N, R, V = num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
+    _check_shapes(q, kv, k_pe, cos, sin, segment_ids, H, N, R, V)
     if kv.dtype != q.dtype or k_pe.dtype != q.dtype:
-        raise ValueError(f"kv and k_pe: expected the dtype of q, {q.dtype}, found {kv.dtype} and {k_pe.dtype}; cast them")
+        raise ValueError(f"kv and k_pe: expected the dtype of q, {q.dtype}, found {kv.dtype} and "
+                         f"{k_pe.dtype}; cast them")
     if cos.dtype != ms.float32 or sin.dtype != ms.float32:
-        raise ValueError(f"cos and sin: expected Float32, found {cos.dtype} and {sin.dtype}; keep the tables in float32")
+        raise ValueError(f"cos and sin: expected Float32, found {cos.dtype} and {sin.dtype}; "
+                         f"keep the tables in float32")
     if native.enabled() and q.dtype == ms.float32:
         segments = _no_segments() if segment_ids is None else segment_ids.astype(ms.int32)
         out_BTHV, _ = _native(q, kv, k_pe, cos, sin, segments, _head_scale(num_heads, scale))
         return out_BTHV
-    return mla_attention_reference(
-        q, kv, k_pe, cos, sin, segment_ids, num_heads=num_heads, qk_nope_head_dim=qk_nope_head_dim,
-        qk_rope_head_dim=qk_rope_head_dim, v_head_dim=v_head_dim, scale=scale)
+    return mla_attention_reference(q, kv, k_pe, cos, sin, segment_ids, num_heads=H, qk_nope_head_dim=N,
+                                   qk_rope_head_dim=R, v_head_dim=V, scale=scale)
 
 
-def mla_attention_reference(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head_dim, qk_rope_head_dim,
-                            v_head_dim, scale):
+def mla_attention_reference(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head_dim,
+                            qk_rope_head_dim, v_head_dim, scale):
     """``mla_attention`` composed of MindSpore operators: any device, any float dtype."""
     H, N, R, V = num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
     B, T, _ = q.shape
@@ -68,8 +70,9 @@ def mla_attention_reference(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk
     position_T = ops.arange(T)
     hidden_BTS = (position_T.reshape(T, 1) < position_T.reshape(1, T)).reshape(1, T, T)
     if segment_ids is not None:
-        hidden_BTS = ops.logical_or(hidden_BTS, segment_ids.reshape(B, T, 1) != segment_ids.reshape(B, 1, T))
-    # the lowest finite number, not -inf: its exponential is an exact 0 as well, since every row sees its own token
+        other_BTS = segment_ids.reshape(B, T, 1) != segment_ids.reshape(B, 1, T)
+        hidden_BTS = ops.logical_or(hidden_BTS, other_BTS)
+    # the lowest finite number, not -inf: every row sees its own token, so this exponential is an exact 0 too
     scores_BHTS = ops.masked_fill(scores_BHTS, ops.expand_dims(hidden_BTS, 1), _lowest())
     weights_BHTS = ops.softmax(scores_BHTS, -1).astype(q.dtype)
     return mint.matmul(weights_BHTS, v_BTHV.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3).reshape(B, T, H * V)
@@ -80,16 +83,16 @@ def _check_shapes(q, kv, k_pe, cos, sin, segment_ids, H, N, R, V):
         raise ValueError(f"rotary pairs channels: expected an even qk_rope_head_dim, found {R}")
     B, T, _ = q.shape
     if q.shape[2] != H * (N + R):
-        raise ValueError(f"q: expected [B, T, {H * (N + R)}] (num_heads * (qk_nope_head_dim + qk_rope_head_dim)), "
-                         f"found {q.shape}")
+        raise ValueError(f"q: expected [B, T, {H * (N + R)}] (num_heads * (qk_nope_head_dim + "
+                         f"qk_rope_head_dim)), found {q.shape}")
     if kv.shape != (B, T, H * (N + V)):
-        raise ValueError(f"kv: expected {(B, T, H * (N + V))} ([B, T, num_heads * (qk_nope_head_dim + v_head_dim)], "
-                         f"B and T of q), found {kv.shape}")
+        raise ValueError(f"kv: expected {(B, T, H * (N + V))} (B and T of q, num_heads * (qk_nope_head_dim + "
+                         f"v_head_dim)), found {kv.shape}")
     if k_pe.shape != (B, T, R):
         raise ValueError(f"k_pe: expected {(B, T, R)} (B and T of q, qk_rope_head_dim), found {k_pe.shape}")
     if cos.shape != sin.shape or cos.shape[1:] != (T, R // 2) or cos.shape[0] not in (1, B):
-        raise ValueError(f"cos and sin: expected [{B} or 1, {T}, {R // 2}], found {cos.shape} and {sin.shape}; "
-                         f"slice the rotary tables to the {T} positions of q")
+        raise ValueError(f"cos and sin: expected [{B} or 1, {T}, {R // 2}], found {cos.shape} and "
+                         f"{sin.shape}; slice the rotary tables to the {T} positions of q")
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise ValueError(f"segment_ids: expected {(B, T)} like q, found {segment_ids.shape}")
 

@@ -83,7 +83,8 @@ int check_labels(const int32_t* labels, int64_t tokens, int64_t W) {
 }
 
 // The fused kernels take tokens by kRows in the forward and kChunk in the backward, the vocabulary by kTile.
-constexpr int64_t kRows = 128, kChunk = 256, kTile = 1024;
+// Their buffers' rows are kPad longer, since rows a power of two apart would share the same few cache lines.
+constexpr int64_t kRows = 256, kChunk = 512, kTile = 1024, kPad = 16;
 
 }  // namespace
 
@@ -134,17 +135,18 @@ int linear_cross_entropy(int, void** data, int*, int64_t** shapes, const char**,
   if (int error = check_labels(labels, tokens, W)) return error;
   parallel_for(blocks(tokens, kRows), [&](int64_t task) {
     const int64_t start = task * kRows, rows = std::min(kRows, tokens - start);
-    float* tile = dsv3::scratch(kRows * kTile);
+    constexpr int64_t stride = kTile + kPad;
+    float* tile = dsv3::scratch(kRows * stride);
     Softmax softmax[kRows];
     float picked[kRows] = {};
     for (int64_t first = 0; first < W; first += kTile) {
       const int64_t n = std::min(kTile, W - first);
-      dsv3::sgemm('N', 'N', rows, n, D, 1.0f, h + start * D, D, w + first, W, 0.0f, tile, kTile);
+      dsv3::sgemm('N', 'N', rows, n, D, 1.0f, h + start * D, D, w + first, W, 0.0f, tile, stride);
       for (int64_t r = 0; r < rows; ++r) {
         const int32_t label = labels[start + r];
         if (label < 0) continue;
-        softmax[r].add(tile + r * kTile, n);
-        if (label >= first && label < first + n) picked[r] = tile[r * kTile + label - first];
+        softmax[r].add(tile + r * stride, n);
+        if (label >= first && label < first + n) picked[r] = tile[r * stride + label - first];
       }
     }
     for (int64_t r = 0, t = start; r < rows; ++r, ++t) {
@@ -158,32 +160,35 @@ int linear_cross_entropy(int, void** data, int*, int64_t** shapes, const char**,
 
 // h, w, labels, stats, dloss [tokens] -> dh [tokens, D], dw [D, W]. For each chunk of tokens: threads take tiles of the
 // vocabulary, make the tile's gradient of the logits and add to the tile's columns of dw, which nobody else writes;
-// then threads take rows of the chunk for dh.
+// then threads take blocks of dh.
 int linear_cross_entropy_grad(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const float *h = static_cast<float*>(data[0]), *w = static_cast<float*>(data[1]);
   const int32_t* labels = static_cast<int32_t*>(data[2]);
   const float *stats = static_cast<float*>(data[3]), *dloss = static_cast<float*>(data[4]);
   float *dh = static_cast<float*>(data[5]), *dw = static_cast<float*>(data[6]);
-  const int64_t tokens = shapes[0][0], D = shapes[0][1], W = shapes[1][1];
-  std::unique_ptr<float[]> dlogits(new float[std::min(kChunk, tokens) * W]);
+  const int64_t tokens = shapes[0][0], D = shapes[0][1], W = shapes[1][1], stride = W + kPad;
+  std::unique_ptr<float[]> dlogits(new float[std::min(kChunk, tokens) * stride]);
   if (!tokens) std::fill(dw, dw + D * W, 0.0f);
   for (int64_t start = 0; start < tokens; start += kChunk) {
     const int64_t rows = std::min(kChunk, tokens - start);
     parallel_for(blocks(W, kTile), [&](int64_t task) {
       const int64_t first = task * kTile, n = std::min(kTile, W - first);
-      dsv3::sgemm('N', 'N', rows, n, D, 1.0f, h + start * D, D, w + first, W, 0.0f, dlogits.get() + first, W);
+      dsv3::sgemm('N', 'N', rows, n, D, 1.0f, h + start * D, D, w + first, W, 0.0f, dlogits.get() + first,
+                  stride);
       for (int64_t r = 0, t = start; r < rows; ++r, ++t) {
-        float* out = dlogits.get() + r * W + first;
+        float* out = dlogits.get() + r * stride + first;
         if (labels[t] < 0) std::fill(out, out + n, 0.0f);
         else gradient(out, n, first, labels[t], stats + 2 * t, dloss[t], out);
       }
-      dsv3::sgemm('T', 'N', D, n, rows, 1.0f, h + start * D, D, dlogits.get() + first, W, start ? 1.0f : 0.0f,
+      dsv3::sgemm('T', 'N', D, n, rows, 1.0f, h + start * D, D, dlogits.get() + first, stride, start ? 1.0f : 0.0f,
                   dw + first, W);
     });
-    constexpr int64_t step = 64;
-    parallel_for(blocks(rows, step), [&](int64_t task) {
-      const int64_t r = task * step, n = std::min(step, rows - r);
-      dsv3::sgemm('N', 'T', n, D, W, 1.0f, dlogits.get() + r * W, W, w, W, 0.0f, dh + (start + r) * D, D);
+    constexpr int64_t step = 256;
+    const int64_t columns = blocks(D, step);
+    parallel_for(blocks(rows, step) * columns, [&](int64_t task) {
+      const int64_t r = task / columns * step, d = task % columns * step;
+      dsv3::sgemm('N', 'T', std::min(step, rows - r), std::min(step, D - d), W, 1.0f, dlogits.get() + r * stride,
+                  stride, w + d * W, W, 0.0f, dh + (start + r) * D + d, D);
     });
   }
   return 0;

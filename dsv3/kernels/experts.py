@@ -1,7 +1,7 @@
-"""The routed experts of a mixture-of-experts layer, dropless: every (token, expert) pair is computed, none is padded.
+"""The routed experts of a mixture-of-experts layer, dropless: every (token, expert) pair is computed.
 
-``experts`` is the whole computation. The reference is built of the pieces that an expert-parallel version uses too:
-``sort_by_expert``, ``permute``, the products, ``unpermute``.
+``experts`` is the whole computation. The reference is built of the pieces that an expert-parallel version
+uses too: ``sort_by_expert``, ``permute``, the products, ``unpermute``.
 """
 from __future__ import annotations
 
@@ -16,21 +16,31 @@ from .topk import count_experts
 
 
 def experts(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
-    """y[t] = sum over k of weights[t, k] * (silu(x[t] w_gate[e]) * (x[t] w_up[e])) w_down[e], with e = idx[t, k].
+    """y[t] = sum_k weights[t, k] * (silu(x[t] w_gate[e]) * (x[t] w_up[e])) w_down[e], with e = idx[t, k].
 
-    x [T, D]; w_gate, w_up [E, D, F]; w_down [E, F, D]; idx [T, K] int32, distinct within a token; weights [T, K]
-    float32 -> y [T, D] in x's dtype (DeepSeek-V3 report, eq. 12, without the shared expert). Gradients flow to all but
-    idx; an expert without tokens gets exactly zero. Raises ValueError for shapes that do not fit, and RuntimeError
-    when idx holds a number that is no expert and the native kernel runs.
+    x [T, D] and w_gate, w_up [E, D, F], w_down [E, F, D] of one float dtype; idx [T, K] int32, distinct
+    within a token; weights [T, K] float32 -> y [T, D] in x's dtype (DeepSeek-V3 report, eq. 12, without the
+    shared expert). Gradients flow to all but idx; an expert without tokens gets exactly zero. Raises
+    ValueError for shapes and dtypes that do not fit, and RuntimeError when idx holds a number that is no
+    expert and the native kernel runs.
     """
     _check(x.shape, w_gate.shape, w_up.shape, w_down.shape, idx.shape, weights.shape)
-    if native.enabled() and x.dtype == ms.float32 and w_gate.dtype == ms.float32:
+    _check_dtypes(x.dtype, w_gate.dtype, w_up.dtype, w_down.dtype)
+    idx, weights = idx.astype(ms.int32), weights.astype(ms.float32)
+    if native.enabled() and x.dtype == ms.float32:
         return _native(x, w_gate, w_up, w_down, idx, weights)[0]
     return experts_reference(x, w_gate, w_up, w_down, idx, weights)
 
 
 def experts_reference(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, idx: Tensor, weights: Tensor, *, matmul=grouped_matmul
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    idx: Tensor,
+    weights: Tensor,
+    *,
+    matmul=grouped_matmul,
 ) -> Tensor:
     """``experts`` as sort, permute, three grouped products (by ``matmul``), un-permute."""
     order_P, group_end_E = sort_by_expert(idx, w_gate.shape[0])
@@ -44,8 +54,8 @@ def experts_reference(
 def sort_by_expert(idx: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """idx [T, K] int32 -> (order [P] int32, group_end [E] int32), with P = T * K.
 
-    order[row] is the pair t * K + k at that row once the pairs are sorted by expert, those of one expert by token;
-    the rows of expert e end at group_end[e].
+    order[row] is the pair t * K + k at that row once the pairs are sorted by expert, those of one expert by
+    token; the rows of expert e end at group_end[e].
     """
     n_pairs = idx.shape[0] * idx.shape[1]
     _check_keys(n_pairs, n_experts)
@@ -61,7 +71,10 @@ def permute(x: Tensor, order: Tensor, k: int) -> Tensor:
 
 
 def unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """rows [P, D] in the given order, weights [T, K] -> [T, D] in rows' dtype: each token's weighted sum, in float32."""
+    """rows [P, D] in the given order, weights [T, K] -> [T, D]: each token's weighted sum.
+
+    Summed in float32, returned in rows' dtype.
+    """
     T, K = weights.shape
     _, row_of_pair_P = ops.sort(order)
     rows_TKD = ops.gather(rows, row_of_pair_P.astype(ms.int32), 0).reshape(T, K, rows.shape[1])
@@ -73,15 +86,21 @@ def _check(x: tuple, w_gate: tuple, w_up: tuple, w_down: tuple, idx: tuple, weig
     fits = len(x) == 2 and len(w_gate) == 3 and len(idx) == 2 and x[1] == w_gate[1] and idx[0] == x[0]
     if not fits or w_up != w_gate or tuple(w_down) != (w_gate[0], w_gate[2], w_gate[1]) or weights != idx:
         raise ValueError(
-            "experts: expected x [T, D], w_gate and w_up [E, D, F], w_down [E, F, D], idx and weights [T, K]; "
+            "experts: expected x [T, D], w_gate and w_up [E, D, F], w_down [E, F, D], idx, weights [T, K], "
             f"found {x}, {w_gate}, {w_up}, {w_down}, {idx}, {weights}"
         )
 
 
 @constexpr
+def _check_dtypes(*dtypes) -> None:
+    if len(set(dtypes)) != 1:
+        raise ValueError(f"experts: expected x, w_gate, w_up, w_down of one dtype, found {dtypes}; cast them")
+
+
+@constexpr
 def _check_keys(n_pairs: int, n_experts: int) -> None:
     if n_pairs * n_experts >= 2**31:
-        raise ValueError(f"{n_pairs} pairs of {n_experts} experts do not sort by int32 keys; use smaller batches")
+        raise ValueError(f"{n_pairs} pairs of {n_experts} experts overflow int32 keys; use smaller batches")
 
 
 @constexpr

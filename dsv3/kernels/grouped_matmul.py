@@ -17,11 +17,13 @@ from . import native
 def grouped_matmul(x: Tensor, w: Tensor, group_end: Tensor) -> Tensor:
     """x [M, K] times w [E, K, N] by groups of rows -> [M, N]; the rows from group_end[-1] on are zero.
 
-    group_end [E] int32 never decreases and does not exceed M; gradients flow to x and w, and a group without rows
-    gets a gradient of exactly zero. Raises ValueError for shapes that do not fit.
+    group_end [E] int32 never decreases and does not exceed M; gradients flow to x and w, and a group without
+    rows gets a gradient of exactly zero. Raises ValueError for shapes and dtypes that do not fit, and
+    RuntimeError when the native kernel meets ends that do not.
     """
-    _check(x.shape, w.shape, group_end.shape)
-    if native.enabled() and x.dtype == ms.float32 and w.dtype == ms.float32:
+    _check(x.shape, w.shape, group_end.shape, x.dtype, w.dtype)
+    group_end = group_end.astype(ms.int32)
+    if native.enabled() and x.dtype == ms.float32:
         return _native(x, w, group_end)
     return grouped_matmul_reference(x, w, group_end)
 
@@ -29,8 +31,9 @@ def grouped_matmul(x: Tensor, w: Tensor, group_end: Tensor) -> Tensor:
 def grouped_matmul_reference(x: Tensor, w: Tensor, group_end: Tensor) -> Tensor:
     """``grouped_matmul`` of gathers and one batched product, for any device and float dtype.
 
-    The rows are dealt into blocks of ceil(M / E), each of one group and the last of a group padded. There are at most
-    2 E blocks whatever the groups are, so the shapes are static, and the cost at most twice that of the exact product.
+    The rows are dealt into blocks of ceil(M / E), each of one group and the last of a group padded. There are
+    at most 2 E blocks whatever the groups are, so the shapes are static, and the cost about twice the exact
+    product's at worst.
     """
     M, E = x.shape[0], w.shape[0]
     size = (M + E - 1) // E
@@ -40,12 +43,13 @@ def grouped_matmul_reference(x: Tensor, w: Tensor, group_end: Tensor) -> Tensor:
     block_start_E = ops.concat((ops.zeros((1,), ms.int32), block_end_E[:-1]))
 
     block = iota(n_blocks)
-    group = ops.minimum(_count_ends(block_end_E, block), E - 1)  # spare blocks: the last group, and no row below its end
+    # Blocks to spare go to the last group and lie past its end.
+    group = ops.minimum(_count_ends(block_end_E, block), E - 1)
     first = ops.gather(starts_E, group, 0) + (block - ops.gather(block_start_E, group, 0)) * size
     rows = first.reshape(n_blocks, 1) + iota(size).reshape(1, size)
     real = (rows < ops.gather(group_end, group, 0).reshape(n_blocks, 1)).reshape(n_blocks, size, 1)
     blocks = ops.gather(x, ops.minimum(rows, M - 1), 0)
-    blocks = ops.where(real, blocks, ops.zeros_like(blocks))  # not a product: 0 * inf in a padded row would spread
+    blocks = ops.where(real, blocks, ops.zeros_like(blocks))  # a product would spread 0 * inf of padding
     product = ops.bmm(blocks, ops.gather(w, group, 0)).reshape(n_blocks * size, w.shape[2])
 
     row = iota(M)
@@ -68,9 +72,13 @@ def iota(n: int) -> Tensor:
 
 
 @constexpr
-def _check(x: tuple, w: tuple, group_end: tuple) -> None:
+def _check(x: tuple, w: tuple, group_end: tuple, x_dtype, w_dtype) -> None:
+    if x_dtype != w_dtype:
+        raise ValueError(f"grouped_matmul: expected x and w of one dtype, found {x_dtype}, {w_dtype}")
     if len(x) != 2 or len(w) != 3 or x[1] != w[1] or tuple(group_end) != (w[0],):
-        raise ValueError(f"grouped_matmul: expected x [M, K], w [E, K, N], group_end [E]; found {x}, {w}, {group_end}")
+        raise ValueError(
+            f"grouped_matmul: expected x [M, K], w [E, K, N], group_end [E], found {x}, {w}, {group_end}"
+        )
 
 
 @constexpr

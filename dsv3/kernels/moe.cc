@@ -1,9 +1,10 @@
-// Mixture of experts on the CPU: expert choice and counts, grouped matmul, the routed experts forward and backward.
+// Mixture of experts on the CPU: choice and counts of experts, grouped matmul, routed experts and gradients.
 //
-// A "pair" is one (token, slot) of idx [T, K]; pair p = t * K + k. Pairs are sorted by expert, stably, so that the rows
-// of an expert are contiguous: rows ends[e-1] .. ends[e]. Sizes follow the legend T tokens, D hidden, F ffn, E experts,
-// K top-k, and P = T * K pairs. Every sum is taken in an order that does not depend on the threads: results are
-// bit-reproducible. A function returns 0, or 1 after it has said on stderr what was wrong with its integers.
+// A "pair" is one (token, slot) of idx [T, K]; pair p = t * K + k. Pairs are sorted by expert, stably, so
+// that the rows of an expert are contiguous: rows ends[e-1] .. ends[e]. Sizes follow the legend T tokens, D
+// hidden, F ffn, E experts, K top-k, and P = T * K pairs. Every sum is taken in an order that does not depend
+// on the threads: results are bit-reproducible. A function returns 0, or 1 after it has said on stderr what
+// was wrong with its integers.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -21,10 +22,11 @@ using dsv3::sgemm;
 
 constexpr int64_t kLanes = 16;
 
-// ---- elementwise -------------------------------------------------------------------------------------------------
+// ---- elementwise ------------------------------------------------------------------------------------------
 
-// exp(x) for x <= 88, flushed to 2^-126 below -87.3; relative error about 1e-7. Branch-free, so that a loop over it
-// becomes vector code: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, and n added to the exponent's bits.
+// exp(x) for x <= 88, flushed to 2^-126 below -87.3; relative error about 1e-7. Branch-free, so that a loop
+// over it becomes vector code: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, and n added to the
+// exponent's bits.
 inline float fast_exp(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.3f ? -87.3f : x;
@@ -60,17 +62,18 @@ float sum(const float* values, int64_t n) {
 }
 
 // out = weight * silu(gate) * up
-void swiglu(const float* __restrict gate, const float* __restrict up, float weight, float* __restrict out, int64_t n) {
+void swiglu(const float* __restrict gate, const float* __restrict up, float weight, float* __restrict out,
+            int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const float sigmoid = 1.0f / (1.0f + fast_exp(-gate[i]));
     out[i] = weight * (gate[i] * sigmoid * up[i]);
   }
 }
 
-// The backward of swiglu, for one row. hidden comes in as d_hidden (without the weight) and goes out as the weighted
-// hidden, which the gradient of w_down needs. Returns the gradient of the weight.
-float swiglu_grad(const float* __restrict gate, const float* __restrict up, float weight, float* __restrict hidden,
-                  float* __restrict d_gate, float* __restrict d_up, int64_t n) {
+// The backward of swiglu, for one row. hidden comes in as d_hidden (without the weight) and goes out as the
+// weighted hidden, which the gradient of w_down needs. Returns the gradient of the weight.
+float swiglu_grad(const float* __restrict gate, const float* __restrict up, float weight,
+                  float* __restrict hidden, float* __restrict d_gate, float* __restrict d_up, int64_t n) {
   constexpr int64_t kBlock = 256;
   float products[kBlock], d_weight = 0;
   for (int64_t start = 0; start < n; start += kBlock) {
@@ -78,7 +81,8 @@ float swiglu_grad(const float* __restrict gate, const float* __restrict up, floa
     const float *g = gate + start, *u = up + start;
     float *h = hidden + start, *dg = d_gate + start, *du = d_up + start;
     for (int64_t i = 0; i < size; ++i) {
-      const float e = fast_exp(-g[i]), sigmoid = 1.0f / (1.0f + e), silu = g[i] * sigmoid, value = silu * u[i];
+      const float e = fast_exp(-g[i]), sigmoid = 1.0f / (1.0f + e), silu = g[i] * sigmoid;
+      const float value = silu * u[i];
       const float d = weight * h[i];
       products[i] = h[i] * value;
       dg[i] = d * u[i] * (sigmoid + silu * (e * sigmoid));  // 1 - sigmoid = e * sigmoid, without cancellation
@@ -90,13 +94,13 @@ float swiglu_grad(const float* __restrict gate, const float* __restrict up, floa
   return d_weight;
 }
 
-// ---- groups of rows ----------------------------------------------------------------------------------------------
+// ---- groups of rows ---------------------------------------------------------------------------------------
 
 struct Rows {
   int64_t group, begin, end;
 };
 
-// The rows of every group, cut into pieces of similar size, the largest first so that the threads end together.
+// The rows of every group in pieces of similar size, the largest first so that the threads end together.
 std::vector<Rows> row_pieces(const int32_t* ends, int64_t groups) {
   const int64_t limit = std::clamp<int64_t>((ends[groups - 1] + 7) / 8, 32, 256);
   std::vector<Rows> pieces;
@@ -136,7 +140,8 @@ void outer_products(std::initializer_list<Outer> products, const int32_t* ends, 
         tasks.push_back({&outer, {g, begin, ends[g]}, from, std::min(from + step, outer.M)});
     }
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost() > b.cost(); });
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.cost() > b.cost(); });
   parallel_for(tasks.size(), [&](int64_t i) {
     const Task& task = tasks[i];
     const auto [left, M, right, N, out] = *task.outer;
@@ -145,25 +150,26 @@ void outer_products(std::initializer_list<Outer> products, const int32_t* ends, 
     if (begin == end)
       std::memset(target, 0, (task.to - task.from) * N * sizeof(float));
     else
-      sgemm('T', 'N', task.to - task.from, N, end - begin, 1, left + begin * M + task.from, M, right + begin * N, N, 0,
-            target, N);
+      sgemm('T', 'N', task.to - task.from, N, end - begin, 1, left + begin * M + task.from, M,
+            right + begin * N, N, 0, target, N);
   });
 }
 
 bool valid_ends(const int32_t* ends, int64_t groups, int64_t rows) {
   for (int64_t g = 0, before = 0; g < groups; before = ends[g++]) {
     if (ends[g] < before || ends[g] > rows) {
-      std::fprintf(stderr, "dsv3: group_end[%ld] = %d: expected cumulative ends between %ld and the %ld rows\n", (long)g,
-                   ends[g], (long)before, (long)rows);
+      std::fprintf(stderr, "dsv3: group_end[%ld] = %d: expected cumulative ends, from %ld to the %ld rows\n",
+                   (long)g, ends[g], (long)before, (long)rows);
       return false;
     }
   }
   return true;
 }
 
-// out[rows of g] = x[rows of g] op(w[g]), zero past the last group; w [groups, K, N], or [groups, N, K] transposed.
-int multiply_groups(char transpose, const float* x, const float* w, const int32_t* ends, float* out, int64_t rows,
-                    int64_t K, int64_t N, int64_t groups) {
+// out[rows of g] = x[rows of g] op(w[g]), zero past the last group. op(w[g]) is [K, N]; transposed, w[g] is
+// [N, K].
+int multiply_groups(char transpose, const float* x, const float* w, const int32_t* ends, float* out,
+                    int64_t rows, int64_t K, int64_t N, int64_t groups) {
   if (!valid_ends(ends, groups, rows)) return 1;
   const auto pieces = row_pieces(ends, groups);
   parallel_for(pieces.size(), [&](int64_t i) {
@@ -175,7 +181,7 @@ int multiply_groups(char transpose, const float* x, const float* w, const int32_
   return 0;
 }
 
-// ---- tokens and pairs --------------------------------------------------------------------------------------------
+// ---- tokens and pairs -------------------------------------------------------------------------------------
 
 // order[row] = pair and ends[e] = end of the rows of expert e: a stable counting sort by expert.
 bool sort_pairs(const int32_t* idx, int64_t pairs, int64_t experts, int32_t* order, int32_t* ends) {
@@ -193,7 +199,8 @@ bool sort_pairs(const int32_t* idx, int64_t pairs, int64_t experts, int32_t* ord
 }
 
 // out[row] = x[token of the pair at row] for the rows [begin, end).
-void gather(const float* x, const int32_t* order, int64_t begin, int64_t end, int64_t K, int64_t D, float* out) {
+void gather(const float* x, const int32_t* order, int64_t begin, int64_t end, int64_t K, int64_t D,
+            float* out) {
   for (int64_t row = begin; row < end; ++row)
     std::memcpy(out + (row - begin) * D, x + order[row] / K * D, D * sizeof(float));
 }
@@ -215,12 +222,15 @@ void combine(const float* rows, const int32_t* order, int64_t T, int64_t K, int6
   });
 }
 
-// The k highest of n values, highest first, ties to the lowest index. NaN loses, yet the indices stay distinct and valid.
+inline bool beats(float a, float b) { return a > b || (b != b && a == a); }  // a number beats NaN
+
+// The k highest of n values, highest first, ties to the lowest index. The indices are distinct, NaN or not.
 void highest(const float* values, int64_t n, int64_t k, int32_t* chosen) {
   for (int64_t i = 0; i < n; ++i) {
-    if (i >= k && !(values[i] > values[chosen[k - 1]])) continue;
+    if (i >= k && !beats(values[i], values[chosen[k - 1]])) continue;
     int64_t place = std::min(i, k - 1);
-    for (; place > 0 && values[i] > values[chosen[place - 1]]; --place) chosen[place] = chosen[place - 1];
+    for (; place > 0 && beats(values[i], values[chosen[place - 1]]); --place)
+      chosen[place] = chosen[place - 1];
     chosen[place] = i;
   }
 }
@@ -251,8 +261,10 @@ int grouped_matmul_grad(int, void** data, int*, int64_t** shapes, const char**, 
 // x [T, D], w_gate [E, D, F], w_up [E, D, F], w_down [E, F, D], idx [T, K], weights [T, K]
 // -> y [T, D], gate [P, F], up [P, F], order [P], ends [E], and P * D floats of scratch
 int experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
-  const int64_t T = shapes[0][0], D = shapes[0][1], E = shapes[1][0], F = shapes[1][2], K = shapes[4][1], P = T * K;
-  const float *x = floats(data[0]), *w_gate = floats(data[1]), *w_up = floats(data[2]), *w_down = floats(data[3]);
+  const int64_t T = shapes[0][0], D = shapes[0][1], E = shapes[1][0], F = shapes[1][2];
+  const int64_t K = shapes[4][1], P = T * K;
+  const float *x = floats(data[0]), *w_gate = floats(data[1]), *w_up = floats(data[2]);
+  const float* w_down = floats(data[3]);
   const float* weights = floats(data[5]);
   float *y = floats(data[6]), *gate = floats(data[7]), *up = floats(data[8]), *rows = floats(data[11]);
   int32_t *order = ints(data[9]), *ends = ints(data[10]);
@@ -261,12 +273,14 @@ int experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*
   parallel_for(pieces.size(), [&](int64_t i) {
     const auto [e, begin, end] = pieces[i];
     const int64_t m = end - begin;
-    float *inputs = dsv3::scratch(m * (D + F)), *hidden = inputs + m * D, *g = gate + begin * F, *u = up + begin * F;
+    float *inputs = dsv3::scratch(m * (D + F)), *hidden = inputs + m * D;
+    float *g = gate + begin * F, *u = up + begin * F;
     gather(x, order, begin, end, K, D, inputs);
     sgemm('N', 'N', m, F, D, 1, inputs, D, w_gate + e * D * F, F, 0, g, F);
     sgemm('N', 'N', m, F, D, 1, inputs, D, w_up + e * D * F, F, 0, u, F);
     // The weight scales the hidden row, which is shorter than the output's and gives the same product.
-    for (int64_t r = 0; r < m; ++r) swiglu(g + r * F, u + r * F, weights[order[begin + r]], hidden + r * F, F);
+    for (int64_t r = 0; r < m; ++r)
+      swiglu(g + r * F, u + r * F, weights[order[begin + r]], hidden + r * F, F);
     sgemm('N', 'N', m, D, F, 1, hidden, F, w_down + e * F * D, D, 0, rows + begin * D, D);
   });
   combine(rows, order, T, K, D, y);
@@ -276,9 +290,12 @@ int experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*
 // the inputs of experts, then gate [P, F], up [P, F], order [P], ends [E], dy [T, D]
 // -> dx, dw_gate, dw_up, dw_down, d_weights, and P * (2 D + 3 F) floats of scratch
 int experts_grad(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
-  const int64_t T = shapes[0][0], D = shapes[0][1], E = shapes[1][0], F = shapes[1][2], K = shapes[4][1], P = T * K;
-  const float *x = floats(data[0]), *w_gate = floats(data[1]), *w_up = floats(data[2]), *w_down = floats(data[3]);
-  const float *weights = floats(data[5]), *gate = floats(data[6]), *up = floats(data[7]), *dy = floats(data[10]);
+  const int64_t T = shapes[0][0], D = shapes[0][1], E = shapes[1][0], F = shapes[1][2];
+  const int64_t K = shapes[4][1], P = T * K;
+  const float *x = floats(data[0]), *w_gate = floats(data[1]), *w_up = floats(data[2]);
+  const float* w_down = floats(data[3]);
+  const float *weights = floats(data[5]), *gate = floats(data[6]), *up = floats(data[7]);
+  const float* dy = floats(data[10]);
   const int32_t *order = ints(data[8]), *ends = ints(data[9]);
   float *dx = floats(data[11]), *d_weights = floats(data[15]);
   float *inputs = floats(data[16]), *d_outputs = inputs + P * D;
@@ -288,7 +305,8 @@ int experts_grad(int, void** data, int*, int64_t** shapes, const char**, void*, 
     const auto [e, begin, end] = pieces[i];
     gather(x, order, begin, end, K, D, inputs + begin * D);
     gather(dy, order, begin, end, K, D, d_outputs + begin * D);
-    sgemm('N', 'T', end - begin, F, D, 1, d_outputs + begin * D, D, w_down + e * F * D, D, 0, hidden + begin * F, F);
+    sgemm('N', 'T', end - begin, F, D, 1, d_outputs + begin * D, D, w_down + e * F * D, D, 0,
+          hidden + begin * F, F);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t at = row * F;
       d_weights[order[row]] =
@@ -310,7 +328,8 @@ int experts_grad(int, void** data, int*, int64_t** shapes, const char**, void*, 
   return 0;
 }
 
-// choice [T, E], options [3] int32 = (groups, groups kept, 1 when a group scores by its two highest) -> idx [T, K]
+// choice [T, E], options [3] int32 (groups, groups kept, 1 when a group scores by its two highest)
+// -> idx [T, K]
 int choose_experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t T = shapes[0][0], E = shapes[0][1], K = shapes[2][1];
   const float* choice = floats(data[0]);

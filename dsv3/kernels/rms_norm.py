@@ -79,7 +79,6 @@ def _float32(x):
     return x.astype(ms.float32)
 
 
-@constexpr
 def _check(name, x, residual, weight):
     if x != residual:
         raise ValueError(f"{name}: expected x and residual of one shape, found {x} and {residual}")

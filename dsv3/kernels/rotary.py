@@ -8,8 +8,8 @@ def apply_rotary(x, cos, sin):
     """Turn the interleaved channel pairs (2i, 2i+1) of ``x``, as DeepSeek's released weights have them.
 
     Each pair is the complex number ``x[2i] + 1j * x[2i+1]``, multiplied by ``cos[i] + 1j * sin[i]``
-    (RoFormer, eq. 34). The result holds all real parts, then all imaginary parts: queries and keys turned by this
-    function share that order, so their products are those of the interleaved order. Computed in float32.
+    (RoFormer, eq. 34). The result holds all real parts, then all imaginary parts: queries and keys turned by
+    this function share that order, so their products are those of the interleaved order. Computed in float32.
 
     Args:
         x: [B, T, h, R], any float dtype; R must be even.
@@ -23,7 +23,8 @@ def apply_rotary(x, cos, sin):
     """
     R = x.shape[-1]
     if R % 2:
-        raise ValueError(f"rotary pairs channels: expected an even last dimension, found {R}; change qk_rope_head_dim")
+        raise ValueError(f"rotary pairs channels: expected an even last dimension, found {R}; "
+                         f"change qk_rope_head_dim")
     if cos.shape[-1] != R // 2:
         raise ValueError(f"rotary on {R} channels needs cos and sin with {R // 2}, found {cos.shape[-1]}")
     real, imag = x[..., 0::2].astype(cos.dtype), x[..., 1::2].astype(cos.dtype)

@@ -1,7 +1,7 @@
-"""Which experts a token goes to: group-limited top-k with a fixed rule for ties, and the tokens of each expert.
+"""Which experts a token goes to, by group-limited top-k with a fixed rule for ties, and how many each gets.
 
-DeepSeek-V3 report, section 2.1.2 (the choice is made on score + bias) and the node-limited routing of the released
-model; the "max" group score is DeepSeek-V2's ``group_limited_greedy``.
+DeepSeek-V3 report, section 2.1.2 (the choice is made on score + bias) and the node-limited routing of the
+released model; the "max" group score is DeepSeek-V2's ``group_limited_greedy``.
 """
 from __future__ import annotations
 
@@ -15,34 +15,40 @@ from .grouped_matmul import iota
 GROUP_SCORES = ("top2", "max")
 
 
-def choose_experts(choice: Tensor, *, n_group: int, topk_group: int, k: int, group_score: str = "top2") -> Tensor:
+def choose_experts(
+    choice: Tensor, *, n_group: int, topk_group: int, k: int, group_score: str = "top2"
+) -> Tensor:
     """choice [T, E] float32 -> idx [T, k] int32, the highest first, ties to the lowest index.
 
-    The E experts form n_group groups of neighbours. The topk_group groups of the highest score stay, the others count
-    as -inf (not 0: a choice may be negative). A group scores by the sum of its two highest choices (``"top2"``; by
-    the one where groups hold a single expert) or by the highest (``"max"``). No gradient flows. NaN is never
-    preferred. Raises ValueError for numbers that do not fit together.
+    The E experts form n_group groups of neighbours. The topk_group groups of the highest score stay, the
+    others count as -inf (not 0: a choice may be negative). A group scores by the sum of its two highest
+    choices (``"top2"``; by the one where groups hold a single expert) or by the highest (``"max"``). No
+    gradient flows. The native kernel ranks NaN last and keeps the indices distinct even then. Raises
+    ValueError for numbers that do not fit together.
     """
     _check(choice.shape, n_group, topk_group, k, group_score)
     choice = ops.stop_gradient(choice)
     if native.enabled() and choice.dtype == ms.float32:
         return _choose_op(k)(choice, _options(n_group, topk_group, group_score))
-    return choose_experts_reference(choice, n_group=n_group, topk_group=topk_group, k=k, group_score=group_score)
+    return choose_experts_reference(
+        choice, n_group=n_group, topk_group=topk_group, k=k, group_score=group_score
+    )
 
 
 def choose_experts_reference(
     choice: Tensor, *, n_group: int, topk_group: int, k: int, group_score: str = "top2"
 ) -> Tensor:
-    """``choose_experts`` of maxima and comparisons. How a device's own top-k breaks ties is left out of it: each of the
-    k rounds takes the maximum, then the lowest index that holds it."""
+    """``choose_experts`` of maxima and comparisons: each of k rounds takes the maximum, then the lowest index
+    that holds it, so that nothing depends on how a device's own top-k breaks ties.
+    """
     choice = ops.stop_gradient(choice)
     T, E = choice.shape
     size = E // n_group
     if topk_group < n_group:
-        groups_TGN = choice.reshape(T * n_group, size)
+        grouped = choice.reshape(T * n_group, size)
         summed = 2 if group_score == "top2" and size > 1 else 1
-        best, _ = _highest(groups_TGN, summed)
-        scores_TG = ops.gather_elements(groups_TGN, 1, best).sum(1).reshape(T, n_group)
+        best, _ = _highest(grouped, summed)
+        scores_TG = ops.gather_elements(grouped, 1, best).sum(1).reshape(T, n_group)
         _, kept_TG = _highest(scores_TG, topk_group)
         kept_TE = ops.broadcast_to(kept_TG.reshape(T, n_group, 1), (T, n_group, size)).reshape(T, E)
         choice = ops.where(kept_TE, choice, float("-inf"))
@@ -66,9 +72,9 @@ def _highest(values: Tensor, k: int):
 
 
 def count_experts(idx: Tensor, n_experts: int) -> Tensor:
-    """idx, int32 of any shape with values in [0, n_experts) -> how often each occurs, [n_experts] int32."""
-    if native.enabled() and idx.dtype == ms.int32:
-        return _count_op(n_experts)(idx.reshape(-1))
+    """idx, integers of any shape in [0, n_experts) -> how often each occurs, [n_experts] int32."""
+    if native.enabled():
+        return _count_op(n_experts)(idx.astype(ms.int32).reshape(-1))
     return count_experts_reference(idx, n_experts)
 
 
@@ -83,7 +89,7 @@ def _check(shape: tuple, n_group: int, topk_group: int, k: int, group_score: str
     if group_score not in GROUP_SCORES:
         raise ValueError(f"group_score={group_score!r}: expected one of {GROUP_SCORES}")
     if len(shape) != 2:
-        raise ValueError(f"choose_experts: expected choice [tokens, experts], found shape {shape}; flatten the tokens")
+        raise ValueError(f"choose_experts: expected choice [T, E], found shape {shape}; flatten the tokens")
     n_experts = shape[1]
     if n_group < 1 or n_experts % n_group:
         raise ValueError(f"{n_experts} experts do not divide into n_group={n_group} groups; pick a divisor")

@@ -25,7 +25,7 @@ class Float64(TorchFunctionMode):
 
 
 def hf_config(cfg):
-    """The released config.json (a dict) as transformers' own, with the plain loops for attention and experts."""
+    """The released config.json (a dict) as transformers' own, with plain loops for attention and experts."""
     config = DeepseekV3Config(**cfg)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
@@ -33,7 +33,7 @@ def hf_config(cfg):
 
 
 def load(folder):
-    """(model, context to run it in): float32, by from_pretrained, which must find every tensor and no other."""
+    """(model, context to run it in): float32, by from_pretrained, which must find every tensor."""
     model, info = DeepseekV3ForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -47,7 +47,7 @@ def load(folder):
 
 
 def build(cfg, state=None):
-    """(model, context to run it in): float64, with `state` (a transformers state dict) or transformers' own weights."""
+    """(model, context to run it in): float64, with the state dict `state` or weights of its own."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -65,7 +65,7 @@ def build(cfg, state=None):
 
 @contextlib.contextmanager
 def capture_routing(*modules):
-    """A list that gets (logits [tokens, E], weights, indices [tokens, K], bias [E]) at every router call, in order."""
+    """A list that gets (logits [tokens, E], weights, indices [tokens, K], bias [E]) at every router call."""
     calls = []
 
     def note(router, _, out):
@@ -98,7 +98,7 @@ def choices(logits, bias, config, fill):
 
 
 def min_margin(logits, bias, config):
-    """How far the closest choice is from another: of groups, of experts, and of the unbiased K of the balance loss."""
+    """The closest choice: of groups, of experts, or of the unbiased K experts of the balance loss."""
     groups, choice = choices(logits, bias, config, float("-inf"))
     unbiased = torch.sigmoid(logits.detach().double())
     k = config.num_experts_per_tok
@@ -113,7 +113,7 @@ def masked_with_zero(logits, bias, indices, config):
 
 
 def by_published_name(tensors):
-    """transformers' names -> published ones: experts unstacked, gate and up apart. Values are NumPy arrays."""
+    """transformers' names -> published ones: experts unstacked, gate and up apart. Values become NumPy."""
     out = {}
     for name, value in tensors.items():
         value = value.detach().numpy()

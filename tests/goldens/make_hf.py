@@ -1,6 +1,6 @@
 """Write hf/<case>/: micro DeepSeek-V3 checkpoints and what transformers' own modules make of them.
 
-    python make_hf.py [case ...]        needs torch, transformers 5.23 and safetensors; a minute on a laptop
+    python make_hf.py [case ...]        needs torch, transformers 5.23 and safetensors; two minutes
 
 Each case is a folder with model.safetensors and config.json in the released layout, golden.npz, golden.json
 (how it was made) and grads.safetensors (gradients of `loss` under the published names, those of the float64
@@ -156,7 +156,7 @@ def shapes(cfg, mtp_depth=0):
 
 
 def draw(cfg, rng, *, mtp_depth=0, negative_bias=False):
-    """float32 weights under published names: every tensor matters, logits and router logits are of order 1."""
+    """float32 weights under published names: every tensor matters, logits are of order 1."""
     tensors = {}
     for name, shape in shapes(cfg, mtp_depth).items():
         noise = rng.standard_normal(shape)
@@ -196,32 +196,35 @@ def nll(logits, ids):
 
 
 def document_mask(segments, dtype):
-    """[B, 1, T, S] additive: 0 where key s is earlier or equal and in the same document, else the lowest number."""
+    """[B, 1, T, S] to add to scores: 0 where key s is not later and in the same document, else the lowest."""
     same = segments[:, :, None] == segments[:, None, :]
     seen = torch.tril(same)[:, None]
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+def other_readings(model, ids, segments, positions):
+    """The logits under segment_ids and with position_ids.
+
+    A mask goes with position_ids too, as transformers would read their gaps as document boundaries.
+    """
+    dtype = model.lm_head.weight.dtype
+    apart, together = document_mask(segments, dtype), document_mask(torch.zeros_like(ids), dtype)
+    return (
+        model(input_ids=ids, attention_mask=apart, use_cache=False).logits,
+        model(input_ids=ids, attention_mask=together, position_ids=positions, use_cache=False).logits,
+    )
+
+
 def evaluate(model, guard, batch):
-    """Everything golden.npz holds, from one model; guard is the context it must run in."""
+    """(what golden.npz holds, gradients, choices a zero mask would change); guard: the context to run in."""
     ids, labels_hf, segments, positions = (torch.from_numpy(np.asarray(x)) for x in batch)
     model.zero_grad()
     with guard, capture_routing(model) as routing:
         out = model(input_ids=ids, labels=labels_hf, use_cache=False, output_hidden_states=True)
         out.loss.backward()
         seen = list(routing)
-        dtype = out.logits.dtype
-        with torch.no_grad():
-            segmented = model(
-                input_ids=ids, attention_mask=document_mask(segments, dtype), use_cache=False
-            ).logits
-            # A mask is given because transformers would read the gaps in position_ids as document boundaries.
-            moved = model(
-                input_ids=ids,
-                attention_mask=document_mask(torch.zeros_like(ids), dtype),
-                position_ids=positions,
-                use_cache=False,
-            ).logits
+    with guard, torch.no_grad():
+        segmented, moved = other_readings(model, ids, segments, positions)
     values = {"logits": out.logits, "hidden": out.hidden_states[-1], "loss": out.loss}
     values = {name: value.detach().numpy() for name, value in values.items()}
     values |= {
@@ -238,9 +241,8 @@ def evaluate(model, guard, batch):
             f"router_{layer}_weights": weights.detach().gather(1, order).numpy(),
             f"router_{layer}_load": np.bincount(indices.reshape(-1).numpy(), minlength=logits.shape[1]),
         }
-    margin = min(min_margin(logits, bias, model.config) for logits, _, _, bias in seen)
     flips = sum(masked_with_zero(logits, bias, indices, model.config) for logits, _, indices, bias in seen)
-    return values, grads_by_published_name(model), margin, flips
+    return values, grads_by_published_name(model), flips
 
 
 def relative(a, b):
@@ -263,21 +265,22 @@ def make(case):
     single, plain = load(folder)
     double, guard = build(cfg, state=single.state_dict())
     margin, idle, tries = 0.0, True, 0
-    while (
-        margin < MARGIN or idle
-    ):  # draw tokens until no choice of the router is close and every expert has work
+    # Draw tokens until no router choice is close in any of the three readings and every expert has work.
+    while margin < MARGIN or idle:
         tries += 1
-        if tries > 200:
-            raise RuntimeError(f"{case}: no batch of 200 has a router margin of {MARGIN}")
+        if tries > 500:
+            raise RuntimeError(f"{case}: no batch of 500 has a router margin of {MARGIN}")
         batch = draw_ids(rng, cfg["vocab_size"])
+        ids, _, segments, positions = (torch.from_numpy(np.asarray(x)) for x in batch)
         with guard, torch.no_grad(), capture_routing(double) as routing:
-            double(input_ids=torch.from_numpy(batch[0]), use_cache=False)
+            double(input_ids=ids, use_cache=False)
+            other_readings(double, ids, segments, positions)
         margin = min(min_margin(logits, bias, double.config) for logits, _, _, bias in routing)
         used = [len(indices.unique()) for _, _, indices, _ in routing]
         idle = case != "negative_bias" and min(used) < cfg["n_routed_experts"]
 
-    values, grads, margin, flips = evaluate(double, guard, batch)
-    values32, grads32, _, _ = evaluate(single, plain, batch)
+    values, grads, flips = evaluate(double, guard, batch)
+    values32, grads32, _ = evaluate(single, plain, batch)
     for name in values:
         if name.endswith(("_indices", "_load")) and not np.array_equal(values[name], values32[name]):
             raise RuntimeError(f"{case}: float32 and float64 disagree on {name}")

@@ -36,13 +36,20 @@ CASES = {
     "one_epoch_even": ("a", 7, 1, "8,1,1", (None, None, None), {"reset_position_ids": True}),
     "part_of_epoch": ("a", 16, 5, "1,0,0", (20, 0, 0), {"eod_mask_loss": True}),
     "few_epochs_joined": ("a", 16, 42, "90,10,0", (150, 10, 0), {"reset_attention_mask": True}),
-    "last_epoch_apart": ("a", 16, 42, "1", (None, None, None), {}),
-    "many_epochs": ("b", 33, 7, "0.7,0.2,0.1", (100, 30, 20),
-                    {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}),
+    "last_epoch_apart": ("a", 16, 42, "1", (90, 0, 0), {}),
+    "many_epochs": (
+        "b",
+        33,
+        7,
+        "0.7,0.2,0.1",
+        (100, 30, 20),
+        {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True},
+    ),
     "empty_sequences": ("c", 5, 3, "1,1,0", (40, 9, 0), {"reset_position_ids": True, "eod_mask_loss": True}),
 }
-for extra in range(1, 12):  # every share of a last epoch, around the rule of 80 %
-    CASES[f"share_{extra:02d}"] = ("b", 10, extra, "1,0,0", (20 + 3 * extra, 0, 0), {})
+# `b` gives 35 samples of 10 an epoch; the last epoch is shuffled on its own below 28 samples out of it.
+for count in (35, 36, 50, 61, 62, 63, 64, 70, 71, 97, 98, 99):
+    CASES[f"{count}_samples"] = ("b", 10, count, "1,0,0", (count, 0, 0), {})
 # name: (data_path, seq_length, seed, split, samples)
 BLENDS = {
     "weights": (["0.3", "a", "0.7", "b"], 8, 11, "9,1,0", (200, 20, 0)),
@@ -51,8 +58,12 @@ BLENDS = {
     "no_weights_capped": (["a", "b", "c"], 8, 4, "1,0,0", (30, 0, 0)),
     "one_weight": (["1", "b"], 8, 9, "1,0,0", (25, 0, 0)),
 }
-WEIGHTS = {"even": [1, 1, 1], "skewed": [0.5, 0.25, 0.15, 0.07, 0.03], "two": [0.1, 0.9],
-           "many": [float(k % 7 + 1) for k in range(40)]}
+WEIGHTS = {
+    "even": [1, 1, 1],
+    "skewed": [0.5, 0.25, 0.15, 0.07, 0.03],
+    "two": [0.1, 0.9],
+    "many": [float(k % 7 + 1) for k in range(40)],
+}
 
 
 class Bytes:
@@ -68,7 +79,7 @@ def documents(name):
     rng = np.random.RandomState(seed)
     for _ in range(count):
         length = rng.randint(0 if name == "c" else 1, longest)
-        yield np.append(rng.randint(2, 300, size=length), EOD)[:length + (name != "c")]
+        yield np.append(rng.randint(2, 300, size=length), EOD)[: length + (name != "c")]
 
 
 def write_files():
@@ -84,8 +95,8 @@ def write_files():
                 builder.add_document(tokens.tolist(), [len(tokens)])
         builder.finalize(str(files / f"{name}.idx"))
     (files / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in TEXTS))
-    # Megatron-LM's tools/preprocess_data.py: sentences without a token fall away, the end token (256 bytes, begin
-    # 256, end 257) goes on the last one, and a document without any is still a document.
+    # Megatron-LM's tools/preprocess_data.py: sentences without a token fall away, the end token goes on the
+    # last one, and a document without any is still a document. Tokens are bytes, begin is 256, end is 257.
     for key in ("text", "title"):
         builder = IndexedDatasetBuilder(str(files / f"texts_{key}_document.bin"), dtype=np.uint16)
         for text in TEXTS:
@@ -101,60 +112,67 @@ def write_files():
     builder.finalize(str(files / "merged.idx"))
 
 
-def build(data_path, seq_length, seed, split, samples, options):
+def build(cache, data_path, seq_length, seed, split, samples, options):
     numbers = len(data_path) % 2 == 0 and data_path[0][0].isdigit()
     prefixes = data_path[1::2] if numbers else data_path
     weights = [float(weight) for weight in data_path[::2]] if numbers else None
-    options = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False, **options}
+    switches = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
     config = GPTDatasetConfig(
-        random_seed=seed, sequence_length=seq_length, split=split, tokenizer=Bytes(),
+        random_seed=seed,
+        sequence_length=seq_length,
+        split=split,
+        tokenizer=Bytes(),
         blend=([str(HERE / "files" / prefix) for prefix in prefixes], weights),
-        path_to_cache=None, **options)
-    # Without a cache directory the arrays would be stored beside the files.
-    return BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, config).build()
+        path_to_cache=cache,
+        **{**switches, **options},
+    )
+    made = BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, config).build()
+    wanted = [data is not None and size != 0 and len(data) > 0 for data, size in zip(made, samples)]
+    return [(part, data) for part, data, want in zip(("train", "valid", "test"), made, wanted) if want]
 
 
-def main():
-    torch.distributed.get_rank = lambda *_: 0
-    write_files()
+def make_samples(cache):
     out = {}
-    last = CASES["last_epoch_apart"]
-    CASES["last_epoch_apart"] = (*last[:4], (90, None, None), last[5])
-    for name, (file, seq_length, seed, split, samples, options) in CASES.items():
-        for part, data in zip(("train", "valid", "test"), build([file], seq_length, seed, split, samples, options)):
-            if data is None or samples[("train", "valid", "test").index(part)] == 0:
-                continue
+    for name, (file, seq_length, seed, split, counts, options) in CASES.items():
+        for part, data in build(cache, [file], seq_length, seed, split, counts, options):
             key = f"{name}/{part}"
             for index in ("document_index", "sample_index", "shuffle_index"):
                 out[f"{key}/{index}"] = np.asarray(getattr(data, index))
-            for i in sorted({0, 1, len(data) // 2, len(data) - 1} & set(range(len(data)))):
-                sample = data[i]
-                for field in ("tokens", "labels", "loss_mask", "position_ids"):
-                    out[f"{key}/{i}/{field}"] = sample[field].numpy().astype(
-                        np.float32 if field == "loss_mask" else np.int32)
-                out[f"{key}/{i}/blocked"] = sample["attention_mask"][0].numpy()
-    cases = {name: {"file": c[0], "seq_length": c[1], "seed": c[2], "split": c[3], "num_samples": c[4], "options": c[5]}
-             for name, c in CASES.items()}
+            chosen = sorted({0, 1, len(data) // 2, len(data) - 1} & set(range(len(data))))
+            out[f"{key}/chosen"] = np.array(chosen, np.int16)
+            for field in ("tokens", "labels", "loss_mask", "position_ids"):
+                out[f"{key}/{field}"] = np.stack([data[i][field].numpy() for i in chosen]).astype(np.int16)
+            if options.get("reset_attention_mask"):
+                out[f"{key}/attention_mask"] = np.stack(
+                    [data[i]["attention_mask"][0].numpy() for i in chosen]
+                )
+    names = ("file", "seq_length", "seed", "split", "num_samples", "options")
+    cases = {name: dict(zip(names, case)) for name, case in CASES.items()}
     np.savez_compressed(HERE / "samples.npz", cases=json.dumps(cases), **out)
 
+
+def make_blends(cache):
     out = {}
-    for name, (data_path, seq_length, seed, split, samples) in BLENDS.items():
-        for part, data in zip(("train", "valid", "test"), build(data_path, seq_length, seed, split, samples, {})):
-            if data is None or samples[("train", "valid", "test").index(part)] == 0:
-                continue
+    for name, (data_path, seq_length, seed, split, counts) in BLENDS.items():
+        for part, data in build(cache, data_path, seq_length, seed, split, counts, {}):
             out[f"{name}/{part}/dataset_index"] = data.dataset_index
             out[f"{name}/{part}/dataset_sample_index"] = data.dataset_sample_index
-            out[f"{name}/{part}/tokens"] = np.stack([data[i]["tokens"].numpy() for i in range(len(data))]).astype(np.int16)
+            tokens = [data[i]["tokens"].numpy() for i in range(len(data))]
+            out[f"{name}/{part}/tokens"] = np.stack(tokens).astype(np.int16)
     for name, weights in WEIGHTS.items():
         weights = np.array(weights, np.float64) / np.sum(weights)
         datasets, samples = np.zeros(3000, np.int16), np.zeros(3000, np.int64)
         helpers.build_blending_indices(datasets, samples, weights, len(weights), 3000, False)
-        out[f"indices/{name}/dataset"], out[f"indices/{name}/sample"] = datasets, samples.astype(np.int16)
-    blends = {name: {"data_path": b[0], "seq_length": b[1], "seed": b[2], "split": b[3], "num_samples": b[4]}
-              for name, b in BLENDS.items()}
-    np.savez_compressed(HERE / "blends.npz", cases=json.dumps(blends), weights=json.dumps(WEIGHTS), **out)
+        out[f"indices/{name}/dataset"] = datasets
+        out[f"indices/{name}/sample"] = samples.astype(np.int16)
+    names = ("data_path", "seq_length", "seed", "split", "num_samples")
+    cases = {name: dict(zip(names, case)) for name, case in BLENDS.items()}
+    np.savez_compressed(HERE / "blends.npz", cases=json.dumps(cases), weights=json.dumps(WEIGHTS), **out)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory():
-        main()
+    torch.distributed.get_rank = lambda *_: 0  # asked for outside any process group
+    write_files()
+    with tempfile.TemporaryDirectory() as directory:
+        make_samples(directory)
+        make_blends(directory)

@@ -5,8 +5,7 @@
 The main model and the block of each MTP depth are transformers' own modules in float64 (see hf_model.py); the
 rest of MTP, the losses and the bias rule are plain torch; clipping and AdamW are torch's.
 
-    total = main + 0.3 / D * sum_k mtp_k + alpha * sum over MoE layers (MTP too) of the sequence-wise balance
-    loss
+    total = main + 0.3 / D * sum_k mtp_k + alpha * sum over MoE layers (MTP too) of the sequence-wise loss
 
 alpha is 1e-2 so that it matters. Every cross entropy is a mean over the labels that are not -100. MTP depth k
 lives on the first T - k positions (the paper's), so its load and balance loss count those only; its label is
@@ -14,19 +13,18 @@ labels[t + k]. AdamW: lr 3e-3 constant, betas 0.9 and 0.95, eps 1e-8, decay 0.1 
 the router biases have neither gradient nor decay and move by 0.01 * sign(mean load - load) after each step,
 by that step's load.
 
-    run/     one MTP layer, 12 steps of [4, 32] tokens: config.json, model.safetensors (start), grads.safetensors (of the
-             total loss at the start), final.safetensors (after 12 steps), golden.npz, golden.json (how it was made)
-             and grads_segments.safetensors (see below)
-    depth2/  two MTP layers: config.json, model.safetensors, grads.safetensors, golden.npz, golden.json
-    adamw.npz  five clipped AdamW steps of torch on three small arrays: start_N, grad_STEP_N, end_N, norms
+    run/       one MTP layer, 12 steps of [4, 32] tokens: config.json, model.safetensors (start),
+               grads.safetensors (of the total loss at the start), final.safetensors (after 12 steps),
+               golden.npz, golden.json (how it was made) and grads_segments.safetensors (see below)
+    depth2/    two MTP layers: config.json, model.safetensors, grads.safetensors, golden.npz, golden.json
 
 Checkpoints are in the released layout: MTP depth k is layer num_hidden_layers + k - 1 and carries copies of
 the main embedding and head, which are not parameters: gradients and updates of shared tensors are those of
 the main names alone.
 
 run/golden.npz: tokens, labels [12, 4, 32] int32; per step total, main, mtp_per_depth, balance_per_layer
-(before alpha), grad_norm (before clipping), load [12, layers, E]; margins. final_*: the losses of the first
-batch under final.safetensors. pre_norm_*: those of the first batch at the start when MTP reads the state
+(before alpha), grad_norm (before clipping), load [12, layers, E]; margins. final_*: a further batch and its
+losses under final.safetensors. pre_norm_*: those of the first batch at the start when MTP reads the state
 before model.norm. segment_ids [4, 32] and segments_*: the losses of the first batch at the start when
 documents do not see each other and labels that lie in another document are -100 (segments_labels; MTP labels
 too); grads_segments.safetensors holds the gradients of main + 0.3 * mtp there, without the balance loss.
@@ -101,7 +99,7 @@ MTP_NAMES = {
 
 
 def stacked(weights, prefix, renames, dtype):
-    """Published names below prefix -> a state dict under `renames`, with experts stacked as transformers keeps them."""
+    """Published names below prefix -> a state dict under `renames`, experts stacked as transformers does."""
     state, experts = {}, {}
     for name, value in weights.items():
         rename = next((r for r in renames if name.startswith(prefix + r)), None)
@@ -155,7 +153,7 @@ def weights_by_published_name(model, mtp):
 
 
 def sequence_balance(logits, batch, k):
-    """sum_i f_i P_i of one layer, the mean over its sequences; f from the K best unbiased scores, without gradient."""
+    """sum_i f_i P_i of one layer, the mean over its sequences; f from the K best unbiased scores."""
     scores = torch.sigmoid(logits).unflatten(0, (batch, -1))
     best = scores.detach().topk(k, dim=-1).indices
     f = torch.zeros_like(scores).scatter_(-1, best, 1.0).mean(1) * scores.shape[-1] / k
@@ -164,7 +162,7 @@ def sequence_balance(logits, batch, k):
 
 
 def losses(model, mtp, tokens, labels, *, pre_norm=False, segments=None):
-    """A dict of tensors: total, main, mtp_per_depth, balance_per_layer, load; and the smallest router margin."""
+    """A dict of tensors: total, main, mtp_per_depth, balance_per_layer, load; and the smallest margin."""
     body, config = model.model, model.config
     B, T = tokens.shape
     embedded = body.embed_tokens(tokens)
@@ -209,7 +207,7 @@ def losses(model, mtp, tokens, labels, *, pre_norm=False, segments=None):
 
 
 def draw_batch(rng, vocab):
-    """tokens and labels [4, 32] with something to learn: a token mostly follows from the one before; 1 label in 20 is -100."""
+    """tokens and labels [4, 32]: a token mostly follows from the one before; one label in 20 is -100."""
     follows = np.random.default_rng(7).permutation(vocab)
     text = rng.integers(0, vocab, (BATCH, LENGTH + 1))
     for t in range(LENGTH):
@@ -340,7 +338,10 @@ def make_run():
     )
     golden = {name: np.stack([arrays(r)[name] for r in records]) for name in records[0]}
     final = weights_by_published_name(model, mtp)
-    golden |= arrays(evaluate(*build_all(cfg, final), first), "final_") | arrays(pre_norm, "pre_norm_")
+    ended = build_all(cfg, final)
+    last = clear_batch(rng, *ended)
+    golden |= {"final_tokens": last[0].numpy(), "final_labels": last[1].numpy()}
+    golden |= arrays(evaluate(*ended, last), "final_") | arrays(pre_norm, "pre_norm_")
     golden |= arrays(documents, "segments_")
     golden |= {"segment_ids": segments.numpy(), "segments_labels": segmented[1].numpy()}
 
@@ -349,12 +350,12 @@ def make_run():
     final32 = weights_by_published_name(*single[:2])
     facts = {
         "seed": 2000,
-        "min_router_margin": float(golden["margin"].min()),
+        "min_router_margin": float(min(golden[n].min() for n in golden if n.endswith("margin"))),
         "float32_same_load_in_all_steps": all(
-            torch.equal(a["load"], b["load"]) for a, b in zip(records, records32)
+            torch.equal(a["load"], b["load"]) for a, b in zip(records, records32, strict=True)
         ),
         "float32_worst_total_difference": max(
-            abs(a["total"].item() - b["total"].item()) for a, b in zip(records, records32)
+            abs(a["total"].item() - b["total"].item()) for a, b in zip(records, records32, strict=True)
         ),
         "float32_worst_final_weight_difference": max(
             float(np.abs(final[n] - final32[n]).max()) for n in final
@@ -387,34 +388,7 @@ def make_depth2():
     write(HERE / "depth2", cfg, weights, golden, facts, grads=grads)
 
 
-def make_adamw():
-    """torch's AdamW and clipping by themselves: norms above and below the limit, a vector that does not decay."""
-    rng, shapes = np.random.default_rng(2002), [(5, 3), (7,), (2, 3, 4)]
-    params = [torch.nn.Parameter(torch.from_numpy(rng.standard_normal(s))) for s in shapes]
-    out = {f"start_{n}": p.detach().numpy().copy() for n, p in enumerate(params)}
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": [p for p in params if p.ndim >= 2], "weight_decay": DECAY},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=LEARNING_RATE,
-        betas=BETAS,
-        eps=EPS,
-    )
-    norms = []
-    for step in range(5):
-        for n, p in enumerate(params):
-            out[f"grad_{step}_{n}"] = rng.standard_normal(p.shape) * (0.03 if step % 2 else 1.0)
-            p.grad = torch.from_numpy(out[f"grad_{step}_{n}"].copy())
-        norms.append(float(torch.nn.utils.clip_grad_norm_(params, CLIP)))
-        optimiser.step()
-    out |= {f"end_{n}": p.detach().numpy() for n, p in enumerate(params)}
-    HERE.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(HERE / "adamw.npz", norms=np.array(norms), **out)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    make_adamw()
     make_depth2()
     make_run()

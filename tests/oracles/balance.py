@@ -26,7 +26,7 @@ def sequence_wise(scores_BTE, k):
 
 
 def fractions(scores_TE, indices_TK):
-    """(f_E, P_E) of DeepSeek-V2: f_i = E / (K T) * tokens that *were sent* to i, P_i = mean over t of scores_ti."""
+    """(f_E, P_E) of DeepSeek-V2: f_i = E / (K T) * tokens *sent* to i, P_i = mean over t of scores_ti."""
     T, E = scores_TE.shape
     sent_E = np.bincount(np.asarray(indices_TK).reshape(-1), minlength=E)
     return E / (np.shape(indices_TK)[-1] * T) * sent_E, scores_TE.mean(axis=0)
@@ -39,7 +39,10 @@ def expert_level(scores_TE, indices_TK):
 
 
 def device_level(scores_TE, indices_TK, devices):
-    """sum_d f'_d P'_d, f' the mean of f over a device's experts, P' the sum of P (equations 26 to 28, without alpha_2)."""
+    """sum_d f'_d P'_d (equations 26 to 28, without alpha_2).
+
+    f'_d is the mean of f over a device's experts, P'_d the sum of P.
+    """
     f_E, p_E = fractions(scores_TE, indices_TK)
     return float((f_E.reshape(devices, -1).mean(axis=1) * p_E.reshape(devices, -1).sum(axis=1)).sum())
 

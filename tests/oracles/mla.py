@@ -25,7 +25,7 @@ def visible(tokens_T, segment_ids_BT=None):
 
 
 def mla(params, x_BTD, cos, sin, visible_BTS, *, cfg):
-    """params: names below `self_attn.`; x [B, T, D] -> [B, T, D]. The naive form: keys and values are expanded."""
+    """params: names below `self_attn.`; x [B, T, D] -> [B, T, D]. Keys and values are expanded per head."""
     B, T, _ = x_BTD.shape
     H, N, R = cfg["num_attention_heads"], cfg["qk_nope_head_dim"], cfg["qk_rope_head_dim"]
     C, eps = cfg["kv_lora_rank"], cfg["rms_norm_eps"]

@@ -1,4 +1,4 @@
-"""The whole model and its losses: DeepSeek-V3 report, sections 2.1 and 2.2 (multi-token prediction, equations 21 to 25)."""
+"""The whole model and its losses: DeepSeek-V3 report, sections 2.1 and 2.2 (equations 21 to 25)."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Output:
 
 
 def block(params, x_BTD, cos, sin, visible_BTS, *, cfg):
-    """One pre-norm transformer block; names below `model.layers.N.` -> (x, Routing or None for a dense block)."""
+    """One pre-norm block; params: names below `model.layers.N.` -> (x, Routing or None when dense)."""
     eps = cfg["rms_norm_eps"]
     normed = rms_norm(x_BTD, params["input_layernorm.weight"], eps)
     x_BTD = x_BTD + mla(below(params, "self_attn."), normed, cos, sin, visible_BTS, cfg=cfg)
@@ -103,7 +103,7 @@ def cross_entropy(logits, labels):
 
 
 def mtp_labels(labels_BT, depth, segment_ids=None):
-    """[B, T - depth]: depth k at position t predicts labels[t + k], unless t + k lies in another document (-100)."""
+    """[B, T - depth]: depth k at position t predicts labels[t + k], or nothing (-100) across documents."""
     targets = labels_BT[:, depth:]
     if segment_ids is None:
         return targets
@@ -122,8 +122,9 @@ def losses(
     segment_ids=None,
     **kw,
 ):
-    """A dict: total = main + mtp_weight * mtp + balance; labels[t] is the target of position t, -100 is no target.
+    """A dict: total = main + mtp_weight * mtp + balance.
 
+    labels[t] is the target of position t, -100 is no target.
     mtp is the mean over the depths (paper equation 25), mtp_per_depth its parts; balance is balance_alpha
     times the sum of balance_per_layer, the sequence-wise loss of every MoE layer, MTP layers included (over
     their T - k positions).

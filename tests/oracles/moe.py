@@ -1,4 +1,4 @@
-"""SwiGLU, the grouped sigmoid router and the mixture of experts: DeepSeek-V3 report, section 2.1.2, equations 12 to 16."""
+"""SwiGLU, the grouped sigmoid router, the experts: DeepSeek-V3 report, section 2.1.2, equations 12 to 16."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ def swiglu(params, x):
 
 
 def top_k(scores, k):
-    """(indices of the k largest along the last dim, the smallest gap between a chosen and a refused score)."""
+    """(indices of the k largest along the last dim, the smallest gap between chosen and refused)."""
     order = np.argsort(-scores, axis=-1, kind="stable")
     chosen, refused = order[..., :k], order[..., k:]
     if refused.shape[-1] == 0:

@@ -60,6 +60,6 @@ def softmax_scale(cfg):
 
 
 def rotate(x, cos, sin):
-    """Turn the interleaved pairs (x0, x1), (x2, x3), ... of x [..., R]; cos and sin broadcast to [..., R/2]."""
+    """Turn the interleaved pairs (x0, x1), (x2, x3), ... of x [..., R] by tables [..., R/2]."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return np.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)

@@ -24,7 +24,7 @@ def warmup(step, steps, peak):
 
 
 def paper_learning_rate(step, tokens):
-    """Warm-up over 2000 steps, 2.2e-4 to 10T tokens, cosine to 2.2e-5 over 4.3T, 333B there, 167B at 7.3e-6."""
+    """Warm-up in 2000 steps, 2.2e-4 to 10T tokens, cosine to 2.2e-5 over 4.3T, 333B there, 167B at 7.3e-6."""
     if step < WARMUP_STEPS:
         return warmup(step, WARMUP_STEPS, PEAK)
     if tokens < CONSTANT_UNTIL:

@@ -1,0 +1,159 @@
+"""Leaves of params on their way to and from a file: types, bit-exact bytes, conversions, and the check of a tree."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from ..config import Config
+from ..model import param_specs
+from ..spec import is_spec
+from ..tree import paths
+from .safetensors_io import DTYPES
+
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what params may be stored in
+_OF_TENSOR = {
+    "Float32": "F32",
+    "BFloat16": "BF16",
+    "Float16": "F16",
+    "Float64": "F64",
+    "Int64": "I64",
+    "Int32": "I32",
+    "Int16": "I16",
+    "Int8": "I8",
+    "UInt64": "U64",
+    "UInt32": "U32",
+    "UInt16": "U16",
+    "UInt8": "U8",
+    "Bool": "BOOL",
+}
+_OF_ARRAY = {DTYPES[name]: name for name in _OF_TENSOR.values() if name != "BF16"}
+_TO_TENSOR = {"BF16": ms.bfloat16}
+CHUNK = 1 << 24  # elements converted at once: bounds what a conversion holds beside its result
+
+
+def float_dtype(dtype: str) -> str:
+    """ "float32" -> "F32" and so on. Raises ValueError listing what params may be stored in."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(FLOATS)}")
+    return FLOATS[dtype]
+
+
+def dtype_of(leaf: Any, path: str = "leaf") -> str:
+    """The file type of a Tensor, NumPy array or NumPy scalar, such as "BF16". Raises ValueError for any other."""
+    if isinstance(leaf, Tensor) and str(leaf.dtype) in _OF_TENSOR:
+        return _OF_TENSOR[str(leaf.dtype)]
+    if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype in _OF_ARRAY:
+        return _OF_ARRAY[leaf.dtype]
+    raise ValueError(
+        f"{path}: cannot store a {type(leaf).__name__} of type {getattr(leaf, 'dtype', None)}; expected a "
+        f"Tensor or NumPy array of {', '.join(_OF_TENSOR)}"
+    )
+
+
+def host(leaf: Any) -> np.ndarray:
+    """The values of a leaf on the host, C-contiguous; bfloat16 as uint16 bits. A view where MindSpore allows one."""
+    if not isinstance(leaf, Tensor):
+        return np.asarray(leaf, order="C")
+    if leaf.dtype == ms.bfloat16:  # asnumpy refuses bfloat16 under NumPy 2, and a cast to float32 alters NaNs
+        return np.frombuffer(leaf.get_bytes(), np.uint16).reshape(leaf.shape)
+    return np.asarray(leaf.asnumpy(), order="C")
+
+
+def tensor(array: np.ndarray, dtype: str) -> Tensor:
+    """A Tensor with memory of its own from values of a file type ("BF16": uint16 bits), bit for bit."""
+    if dtype == "BF16":
+        return Tensor(Tensor.convert_bytes_to_tensor(array.tobytes(), array.shape, ms.bfloat16))
+    if not array.flags.aligned or not array.flags.c_contiguous:
+        array = array.copy(order="C")
+    return Tensor(array)
+
+
+# -- conversions between F32, BF16 and F16 ----------------------------------------------------------------------------------
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """float32 -> bfloat16 as uint16 bits, rounded to nearest, ties to even; NaN stays NaN."""
+    u = np.asarray(x, np.float32, order="C").view(np.uint32)
+    rounded = ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
+        np.uint16
+    )
+    quiet_nan = ((u >> np.uint32(16)) | np.uint32(0x40)).astype(np.uint16)
+    return np.where((u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000), quiet_nan, rounded)
+
+
+def bf16_values(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 as uint16 bits -> float32, exact."""
+    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def convert(array: np.ndarray, source: str, target: str, path: str) -> np.ndarray:
+    """Values of one of F32, BF16, F16 as another, rounded to nearest even. ``path`` names the tensor in errors.
+
+    Raises ValueError for any other type, and when a finite value does not fit into float16.
+    """
+    for dtype in (source, target):
+        if dtype not in FLOATS.values():
+            raise ValueError(f"{path}: is stored as {dtype}; expected one of {', '.join(FLOATS.values())}")
+    if source == target:
+        return array
+    out = np.empty(array.shape, DTYPES[target])
+    flat_in, flat_out = np.asarray(array, order="C").reshape(-1), out.reshape(-1)
+    for i in range(0, flat_in.size, CHUNK):
+        part = flat_in[i : i + CHUNK]
+        values = bf16_values(part) if source == "BF16" else part.astype(np.float32, copy=False)
+        if target == "F16":
+            with np.errstate(over="ignore"):
+                narrow = values.astype(np.float16)
+            if np.any(np.isinf(narrow) & np.isfinite(values)):
+                raise ValueError(
+                    f"{path}: holds {np.abs(values[np.isfinite(values)]).max():g}, beyond float16's 65504; "
+                    f"choose bfloat16 or float32"
+                )
+            values = narrow
+        flat_out[i : i + CHUNK] = bf16_bits(values) if target == "BF16" else values
+    return out
+
+
+# -- trees -----------------------------------------------------------------------------------------------------------------
+def listed(names: Any, most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_names(where: str, found: Any, expected: Any) -> None:
+    """Raises ValueError naming what is missing and what is unexpected."""
+    found, expected = dict.fromkeys(found), dict.fromkeys(expected)
+    missing, unexpected = [n for n in expected if n not in found], [n for n in found if n not in expected]
+    if missing or unexpected:
+        what = [
+            f"{word} {len(names)} ({listed(names)})"
+            for word, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        raise ValueError(f"{where}: of {len(expected)} tensors {'; '.join(what)}")
+
+
+def check_params(params: Any, cfg: Config) -> dict[str, Any]:
+    """{path: leaf} of params, in order, after checking names, shapes and types against ``param_specs(cfg)``."""
+    specs = dict(paths(param_specs(cfg), is_spec))
+    leaves = dict(paths(params))
+    check_names("params do not fit the config", leaves, specs)
+    for path, spec in specs.items():
+        if tuple(leaves[path].shape) != spec.shape:
+            raise ValueError(
+                f"params: {path} has shape {tuple(leaves[path].shape)}; the config asks for {spec.shape}"
+            )
+        dtype = dtype_of(leaves[path], path)
+        allowed = [FLOATS[spec.dtype]] if spec.dtype else list(FLOATS.values())
+        if dtype not in allowed:
+            raise ValueError(f"params: {path} is {dtype}; expected {' or '.join(allowed)}")
+    return {path: leaves[path] for path in specs}
+
+
+def common_dtype(dtypes: Mapping[str, str]) -> str | None:
+    """The one type of {path: file type}, by its long name ("bfloat16"), or None if there are several."""
+    kinds = set(dtypes.values())
+    return {v: k for k, v in FLOATS.items()}.get(kinds.pop()) if len(kinds) == 1 else None

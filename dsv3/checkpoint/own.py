@@ -1,0 +1,136 @@
+"""Our own checkpoint: a folder of safetensors shards whose tensors are the leaves, named by their paths.
+
+``config.json`` carries the released keys and a marker of the format; ``manifest.json``, written last, has the size and
+CRC-32 of every file. The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+
+from ..config import Config
+from ..model import param_specs
+from ..spec import is_spec
+from ..tree import paths, tree_map_with_path
+from . import folder, leaves, shards
+from .folder import MANIFEST, read_json, replace_folder, write_text
+from .leaves import FLOATS
+from .safetensors_io import Slot
+
+MARKER = "dsv3"  # the key of config.json that says: these are our names and layout
+VERSION = 1
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+
+
+def save(
+    path: str | Path, params: Any, *, cfg: Config, dtype: str | None = None, max_shard_size: int | str = "5GB"
+) -> Path:
+    """Write params and config as a checkpoint folder; returns its path. An older checkpoint there is replaced.
+
+    dtype: "float32", "bfloat16" or "float16", default as the params are; the router bias stays float32. The folder is
+    complete on the disk before it takes its name: if writing fails, or the process is killed, what was there is still
+    there. Other files in the folder (a tokenizer) are kept. Raises ValueError when params do not fit cfg, or when the
+    path holds something that is not such a checkpoint.
+    """
+    found = leaves.check_params(params, cfg)
+    return replace_folder(
+        path,
+        lambda new: write_model(new, found, cfg, dtype, max_shard_size),
+        is_ours=ownership(Path(path)),
+        with_manifest=True,
+    )
+
+
+def load(path: str | Path, dtype: str | None = None, *, verify: bool = True) -> tuple[Any, Config]:
+    """(params, cfg) of a folder written by ``save``. dtype: as stored, or convert to one of float32, bfloat16, float16.
+
+    Every file is compared with the manifest first; verify=False compares sizes only. Raises FileNotFoundError, or
+    ValueError naming the file or tensor that is truncated, damaged, foreign, missing, unexpected or of a wrong shape.
+    """
+    path = Path(path)
+    cfg = read_config(path)
+    folder.verify(path, (CONFIG, INDEX), verify)
+    folder.verify(path, sorted(set(shards.index_files(path).values())), verify)
+    return read_model(path, cfg, dtype), cfg
+
+
+def ownership(path: Path) -> Any:
+    """Which files of an existing folder a new checkpoint there replaces. Raises ValueError if it is not one of ours."""
+    if not path.is_dir() or not any(path.iterdir()):
+        return lambda file: True
+    if not (path / MANIFEST).is_file():
+        raise ValueError(
+            f"{path} holds files but no {MANIFEST}, so it is not a checkpoint to replace; choose another path "
+            f"or empty it"
+        )
+    ours = {*folder.manifest(path), MANIFEST}
+    return lambda file: file.name in ours
+
+
+def write_model(
+    new: Path, found: dict[str, Any], cfg: Config, dtype: str | None, max_shard_size: int | str
+) -> None:
+    """Write config.json, the shards and their index into a folder. ``found``: {path: leaf} in order."""
+    target = leaves.float_dtype(dtype) if dtype else None
+    stored = {path: leaves.dtype_of(leaf, path) for path, leaf in found.items()}
+    fixed = {path for path, spec in paths(param_specs(cfg), is_spec) if spec.dtype}
+    kept = {path: source if path in fixed else target or source for path, source in stored.items()}
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        for path, leaf in found.items():  # one leaf on the host at a time
+            yield path, leaves.convert(leaves.host(leaf), stored[path], kept[path], path)
+
+    out = cfg.to_hf() | {MARKER: {"format": "params", "version": VERSION}}
+    common = leaves.common_dtype({path: kind for path, kind in kept.items() if path not in fixed})
+    out.update({key: common for key in ("torch_dtype", "dtype") if common and key in out})
+    write_text(new / CONFIG, json.dumps(out, indent=2))
+    slots = [Slot(path, kept[path], tuple(leaf.shape)) for path, leaf in found.items()]
+    shards.write_shards(new, "model", slots, arrays(), max_shard_size, {"format": MARKER}, always_index=True)
+
+
+def read_config(path: Path) -> Config:
+    """The config of one of our folders. Raises ValueError with the remedy for any other folder or a newer version."""
+    if not path.is_dir():
+        waiting = folder.aside(path)
+        hint = f"; an interrupted save left the previous one whole in {waiting}" if waiting.exists() else ""
+        raise FileNotFoundError(f"{path}: no such folder{hint}")
+    raw = read_json(path / CONFIG)
+    mark = raw.pop(MARKER, None) if isinstance(raw, dict) else None
+    if not isinstance(mark, dict):
+        raise ValueError(
+            f"{path / CONFIG}: no {MARKER!r} entry, so this is not a folder written by save; read a Hugging "
+            f"Face checkpoint with from_hf"
+        )
+    if mark.get("format") != "params" or mark.get("version") != VERSION:
+        raise ValueError(
+            f"{path / CONFIG}: format {mark.get('format')!r} version {mark.get('version')!r}; expected "
+            f"'params' version {VERSION}: it needs another release of this library"
+        )
+    try:
+        return Config.from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG}: {error}") from None
+
+
+def read_model(path: Path, cfg: Config, dtype: str | None) -> Any:
+    """Params from the shards of a folder, checked against ``param_specs(cfg)``."""
+    target = leaves.float_dtype(dtype) if dtype else None
+    opened = shards.open_shards(path)
+    specs = param_specs(cfg)
+    leaves.check_names(str(path), opened.home, [name for name, _ in paths(specs, is_spec)])
+
+    def leaf(name: str, spec: Any) -> Any:
+        slot, where = opened.slot(name), f"{opened.home[name].path}: tensor {name!r}"
+        if slot.shape != spec.shape:
+            raise ValueError(f"{where} has shape {list(slot.shape)}; the config asks for {list(spec.shape)}")
+        kind = FLOATS[spec.dtype] if spec.dtype else target or slot.dtype
+        if spec.dtype and slot.dtype != kind:
+            raise ValueError(f"{where} is {slot.dtype}; expected {kind}")
+        return leaves.tensor(leaves.convert(opened.read(name), slot.dtype, kind, where), kind)
+
+    return tree_map_with_path(leaf, specs)

@@ -1,0 +1,154 @@
+"""A set of named tensors over several safetensors files with an index, as Hugging Face lays it out."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Mapping
+
+import numpy as np
+
+from . import safetensors_io
+from .folder import read_json, write_text
+from .safetensors_io import File, Slot
+
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of 5_000_000_000, "5GB" or "4GiB". Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    nbytes = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    if nbytes < 1:
+        raise ValueError(
+            f"max_shard_size={size!r}; expected a number of bytes such as 5000000000, '5GB' or '4GiB'"
+        )
+    return nbytes
+
+
+def _split(slots: Iterable[Slot], most: int) -> list[list[Slot]]:
+    """Consecutive groups of at most ``most`` bytes; a tensor larger than that gets a file of its own."""
+    groups: list[list[Slot]] = [[]]
+    size = 0
+    for slot in slots:
+        if groups[-1] and size + slot.nbytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(slot)
+        size += slot.nbytes
+    return groups
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    slots: list[Slot],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    max_shard_size: int | str,
+    metadata: Mapping[str, str],
+    *,
+    always_index: bool,
+) -> None:
+    """Write ``stem``-00001-of-0000N.safetensors ... and ``stem``.safetensors.index.json.
+
+    ``arrays`` yields (name, array) once for each slot, in any order, so the caller decides what is in memory at once.
+    One file without an index, ``stem``.safetensors, when one is enough, unless ``always_index``.
+    """
+    groups = _split(slots, parse_size(max_shard_size))
+    names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    if len(groups) == 1 and not always_index:
+        names = [f"{stem}.safetensors"]
+    writers = []
+    try:
+        for name, group in zip(names, groups):
+            writers.append(safetensors_io.create(folder / name, group, metadata))
+        home = {slot.name: writer for writer, group in zip(writers, groups) for slot in group}
+        for name, array in arrays:
+            safetensors_io.write(home[name], name, array)
+        for writer in writers:
+            safetensors_io.finish(writer)
+    finally:
+        for writer in writers:
+            writer.file.close()
+    if len(groups) > 1 or always_index:
+        index = {
+            "metadata": {"total_size": sum(s.nbytes for s in slots)},
+            "weight_map": {slot.name: name for name, group in zip(names, groups) for slot in group},
+        }
+        write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2))
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Open files and, for every tensor, its slot and the file that holds it."""
+
+    folder: Path
+    files: tuple[File, ...]
+    home: Mapping[str, File]
+
+    def slot(self, name: str) -> Slot:
+        """Type and shape of a tensor."""
+        return self.home[name].slots[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as a read-only view of its file."""
+        return safetensors_io.read(self.home[name], name)
+
+
+def open_shards(folder: str | Path, stem: str = "model") -> Shards:
+    """Open ``stem``.safetensors, or the files that its index names, and check that files and index agree.
+
+    Raises FileNotFoundError, or ValueError naming the file and the tensor.
+    """
+    folder = Path(folder)
+    single, index_path = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        file = safetensors_io.open_file(single)
+        return Shards(folder, (file,), dict.fromkeys(file.slots, file))
+    if not index_path.is_file():
+        raise FileNotFoundError(f"{folder}: neither {single.name} nor {index_path.name} is there")
+    weight_map = index_files(folder, stem)
+    files = {name: safetensors_io.open_file(folder / name) for name in dict.fromkeys(weight_map.values())}
+    for tensor, name in weight_map.items():
+        if tensor not in files[name].slots:
+            raise ValueError(
+                f"{folder / name}: tensor {tensor!r} is missing, which {index_path.name} places there"
+            )
+    for name, file in files.items():
+        for tensor in file.slots:
+            if weight_map.get(tensor) != name:
+                raise ValueError(
+                    f"{file.path}: tensor {tensor!r} is unexpected: {index_path.name} places it in "
+                    f"{weight_map.get(tensor, 'no file')}"
+                )
+    return Shards(folder, tuple(files.values()), {tensor: files[name] for tensor, name in weight_map.items()})
+
+
+def index_files(folder: Path, stem: str = "model") -> dict[str, str]:
+    """{tensor: file name} of an index file. Raises ValueError unless it is one that stays inside its folder."""
+    path = folder / f"{stem}.safetensors.index.json"
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(v, str) for v in weight_map.values())
+    ):
+        raise ValueError(f"{path}: expected an object whose weight_map gives every tensor its file")
+    for name in weight_map.values():
+        if Path(name).name != name:
+            raise ValueError(
+                f"{path}: names the file {name!r}; expected a plain file name in the same folder"
+            )
+    return weight_map

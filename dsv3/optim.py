@@ -1,0 +1,136 @@
+"""Optimisers as a frozen pair of functions on pytrees: ``init(params)`` and ``update(grads, state, params)``."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+from mindspore.ops.primitive import constexpr
+
+from .kernels.adamw import adamw_update, global_norm_sq
+from .schedule import Schedule, value_at
+from .transform import compiled
+from .tree import fill, flat_paths, flatten, paths, tree_map
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What a training step needs of an optimiser.
+
+    init(params) -> state. update(grads, state, params) -> (params, state) is pure and runs from Python or inside a
+    function given to ``jit``. update_(hyper, leaves, grads, m, v, masters, decays) -> (done, grad_norm) is its form in
+    place on flat tuples, for graph code: leaves, m, v and masters change, and ``done`` must be returned from the graph.
+    hyper(step) -> the float32 vector that update_ takes. decays(path, shape) -> bool is the mask of weight decay.
+    """
+
+    init: Callable[[Any], dict]
+    update: Callable[[Any, dict, Any], tuple]
+    update_: Callable[..., tuple]
+    hyper: Callable[[int], np.ndarray]
+    decays: Callable[[str, tuple[int, ...]], bool]
+    learning_rate: float | Schedule
+
+
+def matrices(path: str, shape: tuple[int, ...]) -> bool:
+    """The default mask of weight decay: leaves with two or more dims, so neither norms nor biases."""
+    return len(shape) >= 2
+
+
+def is_state(path: str) -> bool:
+    """Leaves that no gradient moves: the router's choice bias has a rule of its own."""
+    return path.endswith("router.bias")
+
+
+@constexpr
+def _is_state(path):
+    return is_state(path)
+
+
+def adamw(learning_rate: float | Schedule = 2.2e-4, *, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8,
+          weight_decay: float = 0.1, clip_norm: float | None = 1.0,
+          decay: Callable[[str, tuple[int, ...]], bool] = matrices, moment_dtype: str = "float32") -> Optimizer:
+    """AdamW with decoupled decay (arXiv 1711.05101) and clipping by the global norm; the report's values, section 4.2.
+
+    learning_rate: a number, or a Schedule over steps. decay(path, shape) -> bool says which leaves decay.
+    moment_dtype: "float32", or "bfloat16" as in the report (section 3.3.2). Leaves that are not float32 get a float32
+    master weight. State: {"step" int32, "m", "v": trees like params, "masters": {path: float32 leaf} when needed}.
+    The router bias is left alone. A step whose gradients are not all finite changes nothing but the count.
+    Raises ValueError for settings that make no sense.
+    """
+    if moment_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"moment_dtype={moment_dtype!r}; expected 'float32' or 'bfloat16'")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm={clip_norm}; expected a positive number, or None for no clipping")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and eps > 0 and weight_decay >= 0):
+        raise ValueError(f"beta1={beta1}, beta2={beta2}, eps={eps}, weight_decay={weight_decay}; expected betas in "
+                         f"[0, 1), eps above 0 and weight_decay of at least 0")
+    b1, b2 = float(np.float32(beta1)), float(np.float32(beta2))  # as the float32 update sees them
+
+    @constexpr
+    def decays(path, shape):
+        return bool(decay(path, shape))
+
+    def init(params):
+        def zeros(leaf):
+            return Tensor(np.zeros(leaf.shape, np.float32), dtype=getattr(ms, moment_dtype))
+
+        state = {"step": Tensor(np.zeros((), np.int32)), "m": tree_map(zeros, params), "v": tree_map(zeros, params)}
+        masters = {path: Tensor(leaf.float().asnumpy().copy()) for path, leaf in paths(params)
+                   if leaf.dtype != ms.float32}
+        return state | {"masters": masters} if masters else state
+
+    def hyper(step):
+        """lr, beta1, beta2, eps, weight_decay and both bias corrections of the update that follows ``step`` others."""
+        return np.array([value_at(learning_rate, step), b1, b2, eps, weight_decay,
+                         1 - b1 ** (step + 1), 1 - b2 ** (step + 1)], np.float32)
+
+    def clip(grads):
+        """(factor on the gradients, their norm), 0-D float32; the factor is NaN when the norm is not finite."""
+        norm = ops.sqrt(global_norm_sq(*grads))
+        scale = ops.ones_like(norm)
+        if clip_norm is not None:
+            scale = ops.minimum(scale, clip_norm / (norm + 1e-6))  # 1e-6 as torch.nn.utils.clip_grad_norm_
+        return ops.where(ops.isfinite(norm), scale, ops.full_like(scale, float("nan"))), norm
+
+    def update_(hyper_7, leaves, grads, m, v, masters, decays):
+        scale, norm = clip(grads)
+        return adamw_update(ops.cat((hyper_7, scale.reshape(1))), leaves, grads, m, v, decays, masters), norm
+
+    @compiled
+    def update(grads, state, params):
+        names, p, g = flat_paths(params), flatten(params), flatten(grads)
+        m, v = flatten(state["m"]), flatten(state["v"])
+        counted = ()
+        for i in range(len(names)):
+            if not _is_state(names[i]):
+                counted = counted + (g[i],)
+        scale, _ = clip(counted)
+        ok = ops.isfinite(scale)
+        t = (state["step"] + 1).astype(ms.float32)
+        lr = learning_rate.traced(state["step"]) if isinstance(learning_rate, Schedule) else learning_rate
+        rate, root2 = lr / (1 - ops.pow(b1, t)), ops.sqrt(1 - ops.pow(b2, t))
+        new_p, new_m, new_v, masters = (), (), (), {}
+        for i in range(len(names)):
+            if _is_state(names[i]):
+                new_p, new_m, new_v = new_p + (p[i],), new_m + (m[i],), new_v + (v[i],)
+            else:
+                old = state["masters"][names[i]] if p[i].dtype != ms.float32 else p[i]
+                grad = g[i].astype(ms.float32) * scale
+                first = m[i].astype(ms.float32)
+                first = first + (1 - b1) * (grad - first)
+                second = b2 * v[i].astype(ms.float32) + (1 - b2) * ops.square(grad)
+                kept = old * (1 - lr * weight_decay) if decays(names[i], p[i].shape) else old
+                new = ops.where(ok, kept - rate * first / (ops.sqrt(second) / root2 + eps), old)
+                new_m = new_m + (ops.where(ok, first, m[i].astype(ms.float32)).astype(m[i].dtype),)
+                new_v = new_v + (ops.where(ok, second, v[i].astype(ms.float32)).astype(v[i].dtype),)
+                new_p = new_p + (new.astype(p[i].dtype),)
+                if p[i].dtype != ms.float32:
+                    masters[names[i]] = new
+        after = {"step": state["step"] + 1, "m": fill(state["m"], new_m), "v": fill(state["v"], new_v)}
+        if "masters" in state:
+            after["masters"] = masters
+        return fill(params, new_p), after
+
+    return Optimizer(init, update, update_, hyper, decay, learning_rate)

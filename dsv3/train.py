@@ -1,0 +1,144 @@
+"""One training step as a function, and the small parts of a loop that a user could have written."""
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import mindspore as ms
+import numpy as np
+import optree
+from mindspore import Tensor, ops
+
+from .config import Config
+from .model import denominators, loss_fn
+from .nn.router import updated_bias
+from .optim import Optimizer, is_state
+from .schedule import Schedule, value_at
+from .transform import builder, jit, value_and_grad
+from .tree import flatten, paths
+
+
+def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, route: Callable | None = None,
+                    balance: Callable | None = None, mtp_weight: float | Schedule = 0.3,
+                    bias_update_rate: float | Schedule = 0.001, accumulate: int = 1,
+                    recompute: bool | tuple[int, ...] = False, mtp_prenorm: bool = False) -> Callable:
+    """``step(params, opt_state, batch) -> (params, opt_state, metrics)``: loss, gradients, AdamW, router bias.
+
+    params and opt_state are donated: their tensors are updated in place and handed back; the count of steps is new.
+    batch: as ``loss_fn`` takes it, [accumulate * micro rows, T]; its rows are split into ``accumulate`` equal parts
+    whose gradients add up to that of the whole batch exactly. mtp_weight and bias_update_rate may be Schedules over
+    steps. metrics: those of ``loss_fn`` with the load of the whole batch, "grad_norm" before clipping and
+    "learning_rate" (a Python float). When the gradients are not finite nothing but the count changes, and grad_norm
+    says so. Raises ValueError when the rows do not divide.
+    """
+    if mesh is not None:
+        raise ValueError(f"mesh={mesh!r}: this version trains on one device; leave mesh=None")
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate}; expected at least 1")
+
+    steps: dict[Any, Callable] = {}
+
+    def step(params: Any, opt_state: dict, batch: dict) -> tuple[Any, dict, dict]:
+        structure = optree.tree_structure((params, "masters" in opt_state))
+        if structure not in steps:
+            steps[structure] = _bind(params, loss_of, optimizer, accumulate, cfg)
+        count = int(opt_state["step"].asnumpy())
+        rates = (value_at(bias_update_rate, count), value_at(mtp_weight, count))
+        hyper = np.concatenate([optimizer.hyper(count), np.array(rates, np.float32)])
+        metrics = steps[structure](params, opt_state, batch, hyper)
+        metrics["learning_rate"] = float(hyper[0])
+        return params, opt_state | {"step": Tensor(np.array(count + 1, np.int32))}, metrics
+
+    def loss_of(params, batch, weight):
+        return loss_fn(params, batch, weight, cfg=cfg, route=route, balance=balance, recompute=recompute,
+                       mtp_prenorm=mtp_prenorm)
+
+    return step
+
+
+def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int, cfg: Config) -> Callable:
+    """The compiled part of a step for one structure of params: ``run(params, state, batch, hyper) -> metrics``.
+
+    Leaves cross as flat tuples, the router biases apart from the rest: they are what the gradient does not move.
+    """
+    named = list(paths(params))
+    is_bias = [is_state(path) for path, _ in named]
+    decays = tuple(bool(optimizer.decays(path, tuple(leaf.shape))) for path, leaf in named if not is_state(path))
+    merge = builder(params, [is_state(path) for path, _ in named])
+
+    def loss(leaves, biases, batch, weight):
+        return loss_of(merge(leaves, biases), batch, weight)
+
+    loss_and_grads = value_and_grad(loss, has_aux=True)
+
+    def finish(leaves, biases, grads, m, v, masters, load_LE, hyper):
+        done, norm = optimizer.update_(hyper[:7], leaves, grads, m, v, masters, decays)
+        # The rate depends on the norm of all gradients, so no recomputed forward pass can see a new bias.
+        rate = ops.where(ops.isfinite(norm), hyper[7], ops.zeros_like(norm))
+        moved = ()
+        for i in range(len(biases)):
+            moved = moved + (ops.assign(biases[i], updated_bias(biases[i], load_LE[i], rate)),)
+        return ops.depend(norm, (done, moved))
+
+    @jit
+    def whole(leaves, biases, moments, batch, hyper):
+        (_, metrics), grads = loss_and_grads(leaves, biases, batch, hyper[8])
+        metrics["grad_norm"] = finish(leaves, biases, grads, moments["m"], moments["v"], moments["masters"],
+                                      metrics["load"], hyper)
+        return metrics
+
+    @jit
+    def part(leaves, biases, sums, batch, weight):
+        (_, metrics), grads = loss_and_grads(leaves, biases, batch, weight)
+        added = ()
+        for i in range(len(sums)):
+            added = added + (ops.assign_add(sums[i], grads[i].astype(ms.float32)),)
+        metrics["loss"] = ops.depend(metrics["loss"], added)
+        return metrics
+
+    @jit
+    def apply(leaves, biases, moments, sums, load_and_hyper):
+        norm = finish(leaves, biases, sums, moments["m"], moments["v"], moments["masters"], load_and_hyper["load"],
+                      load_and_hyper["hyper"])
+        cleared = ()
+        for leaf in sums:
+            cleared = cleared + (ops.assign(leaf, ops.depend(ops.zeros_like(leaf), norm)),)
+        return ops.depend(norm, cleared)
+
+    accumulators: list = []
+
+    def run(params: Any, state: dict, batch: dict, hyper: np.ndarray) -> dict:
+        def moved(tree: Any) -> tuple:
+            return tuple(leaf for leaf, bias in zip(flatten(tree), is_bias) if not bias)
+
+        leaves, biases = moved(params), tuple(leaf for leaf, bias in zip(flatten(params), is_bias) if bias)
+        moments = {"m": moved(state["m"]), "v": moved(state["v"]), "masters": flatten(state.get("masters", ()))}
+        if accumulate == 1:
+            return whole(leaves, biases, moments, batch, hyper)
+        if not accumulators:
+            accumulators.append(tuple(Tensor(np.zeros(leaf.shape, np.float32)) for leaf in leaves))
+        metrics: dict = {}
+        for micro in split_rows(batch, accumulate, cfg):
+            one = part(leaves, biases, accumulators[0], micro, hyper[8])
+            metrics = {k: metrics[k] + one[k] if metrics else one[k] for k in one}
+        metrics["grad_norm"] = apply(leaves, biases, moments, accumulators[0], {"load": metrics["load"], "hyper": hyper})
+        return metrics
+
+    return run
+
+
+def split_rows(batch: dict, parts: int, cfg: Config) -> list[dict]:
+    """``parts`` micro-batches of equal rows, each told the denominators of the whole, so that losses and gradients add."""
+    rows = batch["tokens"].shape[0]
+    if rows % parts:
+        raise ValueError(f"a batch of {rows} rows does not divide into accumulate={parts} parts; make it a multiple")
+    n = rows // parts
+    whole = denominators(batch, cfg=cfg)
+    return [{k: v[i * n:(i + 1) * n] for k, v in batch.items()} | {"denominators": whole} for i in range(parts)]
+
+
+def make_eval_step(cfg: Config, *, route: Callable | None = None, balance: Callable | None = None) -> Callable:
+    """``evaluate(params, batch) -> metrics`` of ``loss_fn``; updates nothing, so no load is counted twice."""
+    def evaluate(params, batch):
+        return loss_fn(params, batch, cfg=cfg, route=route, balance=balance)[1]
+
+    return jit(evaluate)
