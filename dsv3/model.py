@@ -61,7 +61,7 @@ def _on_cpu() -> bool:
     return ms.get_context("device_target") == "CPU"
 
 
-def _computable(params: Any) -> Any:
+def computable(params: Any) -> Any:
     """The CPU has no bfloat16 kernels: there every leaf is widened once, at the graph's entry, and gradients narrow."""
     def widen(leaf):
         if leaf.dtype == ms.float32:
@@ -73,7 +73,7 @@ def _computable(params: Any) -> Any:
     return params
 
 
-def _head(params: Any, x: Tensor) -> Tensor:
+def head(params: Any, x: Tensor) -> Tensor:
     """Logits of normalised hidden states, float32. x: [..., D] -> [..., W]."""
     if "head" in params:
         return ops.matmul(x, params["head"]).astype(ms.float32)
@@ -86,7 +86,7 @@ def _run_block(fn: Callable, params: Any, x: Tensor, rope: Any, segment_ids: Any
     return fn(params, x, rope, segment_ids)
 
 
-def _trunk(params: Any, tokens: Tensor, position_ids: Any, segment_ids: Any, one_block: Callable, recompute: Any,
+def trunk(params: Any, tokens: Tensor, position_ids: Any, segment_ids: Any, one_block: Callable, recompute: Any,
            cfg: Config) -> tuple:
     """Embedding and main blocks: (hidden before the final norm [B, T, D], embedding, loads, balance losses)."""
     embedded = ops.gather(params["embed"], tokens, 0)
@@ -103,7 +103,8 @@ def _recomputes(recompute: Any, layer: int) -> bool:
     return recompute if isinstance(recompute, bool) else layer in recompute
 
 
-def _make_block(cfg: Config, route: Callable | None, balance: Callable | None) -> Callable:
+def make_block(cfg: Config, route: Callable | None, balance: Callable | None) -> Callable:
+    """``block`` with the configuration and the pieces that may be swapped filled in."""
     chosen_route = default_route if route is None else route
     chosen_balance = make_balance(cfg) if balance is None else balance
 
@@ -120,9 +121,9 @@ def forward(params, tokens, position_ids=None, segment_ids=None, *, cfg, route=N
     position_ids: [B, T] int, default 0 ... T-1. segment_ids: [B, T] int, tokens attend within their own segment only,
     default one segment a row. route: a stand-in for ``nn.router.route``. The MTP modules take no part.
     """
-    params = _computable(params)
-    x = _trunk(params, tokens, position_ids, segment_ids, _make_block(cfg, route, None), False, cfg)[0]
-    return _head(params, rms_norm(x, params["norm"], cfg.rms_norm_eps))
+    params = computable(params)
+    x = trunk(params, tokens, position_ids, segment_ids, make_block(cfg, route, None), False, cfg)[0]
+    return head(params, rms_norm(x, params["norm"], cfg.rms_norm_eps))
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def _ahead(x: Tensor, segment_ids: Any, by: int) -> Tensor:
 
 def _token_losses(params: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     B, T = labels.shape
-    logits = _head(params, hidden.reshape(B * T, hidden.shape[2]))
+    logits = head(params, hidden.reshape(B * T, hidden.shape[2]))
     return cross_entropy(logits, labels.reshape(B * T)).reshape(B, T)
 
 
@@ -199,11 +200,11 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
     Returns (loss, {"loss", "main_loss", "mtp_loss", "balance_loss" (weighted) 0-D float32, "load" [MoE layers incl.
     MTP, E] int32}); all but the load are differentiable.
     """
-    params = _computable(params)
+    params = computable(params)
     tokens, segment_ids, eps = batch["tokens"], batch.get("segment_ids"), cfg.rms_norm_eps
     B, T = tokens.shape
-    one_block = _make_block(cfg, route, balance)
-    x, embedded, loads, aux = _trunk(params, tokens, batch.get("position_ids"), segment_ids, one_block, recompute, cfg)
+    one_block = make_block(cfg, route, balance)
+    x, embedded, loads, aux = trunk(params, tokens, batch.get("position_ids"), segment_ids, one_block, recompute, cfg)
     hidden = rms_norm(x, params["norm"], eps)
     labels, weight = targets(batch)
     main_loss = _mean(_token_losses(params, hidden, labels), weight, batch, 0)

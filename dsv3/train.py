@@ -1,6 +1,7 @@
 """One training step as a function, and the small parts of a loop that a user could have written."""
 from __future__ import annotations
 
+import time
 from typing import Any, Callable
 
 import mindspore as ms
@@ -142,3 +143,67 @@ def make_eval_step(cfg: Config, *, route: Callable | None = None, balance: Calla
         return loss_fn(params, batch, cfg=cfg, route=route, balance=balance)[1]
 
     return jit(evaluate)
+
+
+class NotFinite(FloatingPointError):
+    """A loss or gradient that is NaN or infinite; the params are those before the step."""
+
+
+def train(step: Callable, params: Any, opt_state: dict, batches: Any, *, steps: int, log: Callable[[dict], None],
+          evaluate: Callable[[Any], dict] | None = None, eval_every: int = 0,
+          save: Callable[[int, Any, dict], None] | None = None, save_every: int = 0,
+          should_stop: Callable[[], bool] | None = None, on_nonfinite: str = "stop") -> tuple[Any, dict]:
+    """The loop: take a batch, make a step, log; every so often evaluate and save. Nothing a user could not have written.
+
+    batches: an iterator of what ``step`` takes. steps: total number, of which ``opt_state["step"]`` are done already.
+    log(record): called each step with plain numbers ("step", "loss", "main_loss", "mtp_loss", "balance_loss",
+    "balance" (max over mean load, the worst layer), "grad_norm", "learning_rate", "tokens", "seconds") and after each
+    evaluation with {"step", "eval_...": ...}. save(step, params, opt_state): at ``save_every``, at the end, and when
+    should_stop() says so between two steps. on_nonfinite: "stop" saves and raises NotFinite, "skip" goes on (the step
+    has changed nothing); either way the log has it. Returns (params, opt_state).
+    """
+    if on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r}; expected 'stop' or 'skip'")
+    done = int(opt_state["step"].asnumpy())
+    saved = done
+    while done < steps:
+        batch = next(batches)
+        start = time.perf_counter()
+        params, opt_state, metrics = step(params, opt_state, batch)
+        record = plain(metrics)
+        done += 1
+        record |= {"step": done, "tokens": int(np.prod(batch["tokens"].shape)), "seconds": time.perf_counter() - start}
+        finite = np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"])
+        log(record if finite else record | {"skipped": True})
+        if not finite and on_nonfinite == "stop":
+            if save and done - 1 > saved:
+                save(done, params, opt_state)
+            raise NotFinite(f"step {done}: loss {record['loss']}, grad norm {record['grad_norm']}; the params are those "
+                            f"before this step. Lower the learning rate or look at the data of this batch, or go on "
+                            f"with on_nonfinite='skip'")
+        if evaluate and eval_every and (done % eval_every == 0 or done == steps):
+            log({"step": done} | {f"eval_{k}": v for k, v in evaluate(params).items()})
+        stopping = should_stop is not None and should_stop()
+        if save and (done == steps or stopping or (save_every and done % save_every == 0)):
+            save(done, params, opt_state)
+            saved = done
+        if stopping:
+            break
+    return params, opt_state
+
+
+def plain(metrics: dict) -> dict:
+    """Metrics as Python numbers; the load becomes "balance", max over mean load in the worst layer (1 is even)."""
+    record = {k: float(v) for k, v in metrics.items() if k != "load"}
+    load = metrics["load"].asnumpy().astype(np.float64)
+    if load.size:
+        record["balance"] = float((load.max(1) / np.maximum(load.mean(1), 1e-9)).max())
+    return record
+
+
+def mean_loss(evaluate: Callable, params: Any, batches: Any) -> dict:
+    """Mean metrics of ``make_eval_step``'s function over some batches of equal size."""
+    records = [plain(evaluate(params, batch)) for batch in batches]
+    if not records:
+        raise ValueError("no batch to evaluate on; the held-out split is smaller than one batch")
+    return {k: float(np.mean([r[k] for r in records])) for k in records[0]}

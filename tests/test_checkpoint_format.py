@@ -1,4 +1,5 @@
-"""The safetensors reader and writer against the safetensors package; bits of bfloat16 and FP8 against plain arithmetic.
+"""The safetensors reader and writer against the safetensors package; bits of bfloat16 and FP8 against plain
+arithmetic.
 
 Planted faults this file was seen to catch: PLANTED_FORMAT
 """
@@ -38,7 +39,9 @@ SIZES = {
 
 
 def some_tensors(seed: int = 0) -> dict[str, tuple[str, np.ndarray]]:
-    """Tensors of every type, in a random order, some empty, some without dims, some with odd numbers of bytes."""
+    """Tensors of every type, in a random order, some empty, some without dims, some with odd numbers of
+    bytes.
+    """
     rng = np.random.default_rng(seed)
     out = {}
     for i in rng.permutation(60):
@@ -60,7 +63,7 @@ def describe(dtype: str, shape: tuple, data: np.ndarray):
     return {"dtype": dtype, "shape": list(shape), "data": data.tobytes()}
 
 
-# ---- both ways against the package -----------------------------------------------------------------------------------------
+# ---- both ways against the package ---------------------------------------------------------------------
 def test_the_package_reads_what_we_write_and_writes_the_same_bytes(tmp_path):
     tensors = some_tensors()
     write_file(tmp_path / "ours", tensors, {"format": "pt"})
@@ -129,7 +132,7 @@ def test_the_writer_refuses_what_was_not_declared(tmp_path):
         safetensors_io.create(tmp_path / "file", [Slot("a", "F32", (2,)), Slot("a", "F32", (2,))])
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------------
 def raw_file(path, header, data=b"\0" * 16):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -153,7 +156,7 @@ def changed(name, **entry):
         (b"\xff\xfe{}", "not JSON"),
         (b"[1]", "expected a JSON object"),
         (
-            b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+            b'{"a":%b,"a":%b}' % (2 * (b'{"dtype":"F32","shape":[4],"data_offsets":[0,16]}',)),
             "twice",
         ),
         ({"__metadata__": {"a": 1}, **GOOD}, "__metadata__"),
@@ -201,7 +204,7 @@ def test_a_right_header_is_accepted_and_every_truncation_refused(tmp_path):
         open_file(tmp_path / "absent")
 
 
-# ---- shards --------------------------------------------------------------------------------------------------------------------
+# ---- shards --------------------------------------------------------------------------------------------
 def test_shards_are_full_but_not_larger_than_asked(tmp_path):
     arrays = {f"x{i}": np.full(25, i, np.float32) for i in range(10)}  # 100 bytes each
     slots = [Slot(name, "F32", (25,)) for name in arrays]
@@ -248,9 +251,9 @@ def test_an_index_that_disagrees_with_its_files_is_refused(tmp_path, index, word
         shards.open_shards(tmp_path)
 
 
-# ---- bits of bfloat16 ------------------------------------------------------------------------------------------------------------
+# ---- bits of bfloat16 ----------------------------------------------------------------------------------
 def nearest_bf16(x: float) -> int:
-    """The bits of the bfloat16 nearest to x, ties to even, by searching the two neighbours of its truncation."""
+    """The bits of the bfloat16 nearest to x, ties to even: the better of the two around it."""
     low = int(np.float32(x).view(np.uint32)) >> 16
     value = [float(np.uint32(bits << 16).view(np.float32)) for bits in (low, low + 1)]
     if np.isinf(value[1]):
@@ -332,7 +335,7 @@ def test_conversions(monkeypatch):
         leaves.convert(np.int32([1]), "I32", "F32", "w.x")
 
 
-# ---- FP8 -----------------------------------------------------------------------------------------------------------------------
+# ---- FP8 -----------------------------------------------------------------------------------------------
 def decode(code: int) -> float:
     """E4M3FN by its definition."""
     sign, exponent, mantissa = -1.0 if code > 127 else 1.0, (code >> 3) & 15, code & 7

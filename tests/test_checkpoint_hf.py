@@ -1,4 +1,5 @@
-"""Hugging Face checkpoints: names and shapes of the released model, byte identity both ways, FP8, and refusals.
+"""Hugging Face checkpoints: names and shapes of the released model, byte identity both ways, FP8, and
+refusals.
 
 Planted faults this file was seen to catch: PLANTED_HF
 """
@@ -77,7 +78,7 @@ def written(tmp_path_factory):
     return to_hf(params, CFG, folder, dtype="float32"), params
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------------
 def test_names_types_and_shapes_are_those_of_the_released_checkpoint():
     # Digest and counts of the tensors of deepseek-ai/DeepSeek-V3 (163 files): sorted lines "name type 1x2".
     lines = []
@@ -164,7 +165,7 @@ def test_where_values_go(written):
         np.testing.assert_array_equal(found[name], want)
 
 
-# ---- goldens ---------------------------------------------------------------------------------------------------------------
+# ---- goldens -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_goldens_come_out_byte_for_byte(tmp_path, folder):
     assert len(FOLDERS) >= 8
@@ -198,7 +199,7 @@ def test_a_golden_in_bfloat16_comes_out_byte_for_byte(tmp_path):
     assert same(tensors(tmp_path / "rounded"), narrow)
 
 
-# ---- types -----------------------------------------------------------------------------------------------------------------
+# ---- types ---------------------------------------------------------------------------------------------
 def test_types(tmp_path, written):
     folder, params = written
     config, content = json.loads((folder / "config.json").read_text()), tensors(folder)
@@ -238,7 +239,7 @@ def test_router_bias_keeps_all_its_bits_in_every_type(tmp_path):
         np.testing.assert_array_equal(back["layers"][1]["router"]["bias"].asnumpy(), exact)
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------------
 def test_missing_unexpected_and_wrongly_shaped_tensors(tmp_path, written):
     folder, _ = written
     config, content = json.loads((folder / "config.json").read_text()), tensors(folder)
@@ -368,7 +369,7 @@ def test_folders(tmp_path, written):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-# ---- FP8 -------------------------------------------------------------------------------------------------------------------
+# ---- FP8 -----------------------------------------------------------------------------------------------
 WIDE = CFG.replace(
     hidden_size=136, intermediate_size=260, moe_intermediate_size=130, num_hidden_layers=2
 )  # partial blocks
@@ -382,7 +383,9 @@ def decode(code: int) -> float:
 
 
 def fp8_folder(path: Path, block: int = 128):
-    """A folder with random codes and scales, and {name: float32 values} by the definition, element by element."""
+    """A folder with random codes and scales, and {name: float32 values} by the definition, element by
+    element.
+    """
     rng, content, truth = np.random.default_rng(8), {}, {}
     table = np.float32([decode(code) for code in range(256)])
     for name, (dtype, values) in tensors(to_hf(init(WIDE, seed=7), WIDE, path, dtype="bfloat16")).items():

@@ -13,8 +13,7 @@ os.environ.setdefault("MS_DEV_JIT_PIPELINE", "0")
 import numpy as np
 import pytest
 
-from dsv3.checkpoint import folder, leaves, own, safetensors_io, shards
-from dsv3.checkpoint import load, save
+from dsv3.checkpoint import folder, leaves, load, safetensors_io, save, shards
 from dsv3.config import Config
 from dsv3.model import init, param_specs
 from dsv3.spec import is_spec
@@ -55,7 +54,7 @@ def params():
     return init(CFG, seed=1)
 
 
-# ---- round trips -----------------------------------------------------------------------------------------------------------
+# ---- round trips ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("size", ["5GB", 5000])
 def test_params_come_back_bit_for_bit(tmp_path, dtype, size):
@@ -116,7 +115,7 @@ def test_one_leaf_is_on_the_host_at_a_time(tmp_path, monkeypatch):
     assert events == ["host", "write"] * len(list(paths(params)))
 
 
-# ---- what does not fit -------------------------------------------------------------------------------------------------------
+# ---- what does not fit ---------------------------------------------------------------------------------
 def test_params_that_do_not_fit_the_config_are_refused(tmp_path, params):
     for wrong, words in (
         ({k: v for k, v in params.items() if k != "head"}, r"missing 1 \(head\)"),
@@ -222,7 +221,7 @@ def test_folders_that_are_not_ours_are_refused(tmp_path, params):
         load(tmp_path / "a")
 
 
-# ---- all or nothing ------------------------------------------------------------------------------------------------------------
+# ---- all or nothing ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("swaps", [True, False])
 def test_an_older_checkpoint_is_replaced_and_other_files_stay(tmp_path, params, monkeypatch, swaps):
     if not swaps:  # a system that cannot swap two names
@@ -255,11 +254,29 @@ def test_an_older_checkpoint_is_replaced_and_other_files_stay(tmp_path, params, 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, params, monkeypatch):
     save(tmp_path / "a", params, cfg=CFG)
     os.rename(tmp_path / "a", tmp_path / ".old-a")
-    (tmp_path / ".tmp-a-00").mkdir()
+    (tmp_path / ".tmp-a-0123abcd").mkdir()
+    (tmp_path / ".tmp-a-b-0123abcd").mkdir()  # of another target
     with pytest.raises(FileNotFoundError, match="left the previous one whole in .*old-a"):
         load(tmp_path / "a")
     assert bits(load(tmp_path / ".old-a")[0]) == bits(params)
     save(tmp_path / "a", params, cfg=CFG)
+    assert sorted(os.listdir(tmp_path)) == [".tmp-a-b-0123abcd", "a"]
+    assert bits(load(tmp_path / "a")[0]) == bits(params)
+
+
+def test_a_failed_rename_puts_the_older_one_back(tmp_path, params, monkeypatch):
+    save(tmp_path / "a", params, cfg=CFG)
+    rename = os.rename
+
+    def fails(source, target):
+        if ".tmp-" in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(folder, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        save(tmp_path / "a", init(CFG, seed=2), cfg=CFG)
     assert os.listdir(tmp_path) == ["a"] and bits(load(tmp_path / "a")[0]) == bits(params)
 
 

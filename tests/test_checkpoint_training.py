@@ -1,4 +1,5 @@
-"""Checkpoints of a run: bit-exact resumption, writers killed at random moments, damage, and which ones are kept.
+"""Checkpoints of a run: bit-exact resumption, writers killed at random moments, damage, and which ones are
+kept.
 
 Planted faults this file was seen to catch: PLANTED_TRAINING
 """
@@ -63,7 +64,9 @@ def bits(tree) -> dict:
 
 
 def run(step: int, dtype: str = "float32"):
-    """(params, opt_state) of a step, all of it a function of the step; every value that bits can express may occur."""
+    """(params, opt_state) of a step, all of it a function of the step; every value that bits can express may
+    occur.
+    """
     rng = np.random.default_rng(step)
 
     def noise(kind):
@@ -106,7 +109,7 @@ def steps(run_dir) -> list[int]:
     return sorted(int(p.name.removeprefix("step_")) for p in (run_dir / "checkpoints").iterdir())
 
 
-# ---- round trips -----------------------------------------------------------------------------------------------------------
+# ---- round trips ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", ["5GB", 1000])
 def test_a_run_comes_back_bit_for_bit(tmp_path, dtype, size):
@@ -192,7 +195,7 @@ def test_wrong_numbers_are_refused(tmp_path):
     assert latest_training(tmp_path) is None and latest_training(tmp_path / "absent") is None
 
 
-# ---- killed writers --------------------------------------------------------------------------------------------------------------
+# ---- killed writers ------------------------------------------------------------------------------------
 WRITER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -217,7 +220,9 @@ for line in sys.stdin:  # "<folder> <first step>": a child saves from there on u
 
 
 def test_kill_at_random_moments(tmp_path):
-    """kill -9 of a process that saves in a loop: the latest whole checkpoint is the last one it finished, or newer."""
+    """kill -9 of a process that saves in a loop: the latest whole checkpoint is the last one it finished, or
+    newer.
+    """
     here = Path(__file__).parent
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
@@ -290,7 +295,7 @@ def test_a_full_disk_leaves_the_older_ones(tmp_path, monkeypatch, size):
     assert_is(latest_training(tmp_path), 1)
 
 
-# ---- damage ----------------------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------------
 def test_every_truncation_flip_and_absence_is_refused_by_name(tmp_path):
     save(tmp_path, 1)
     older = tmp_path / "checkpoints" / "step_00000001"
@@ -369,7 +374,7 @@ def test_a_model_alone_is_not_a_training_checkpoint(tmp_path):
         assert latest_training(tmp_path) is None
 
 
-# ---- which ones are kept ------------------------------------------------------------------------------------------------------------
+# ---- which ones are kept -------------------------------------------------------------------------------
 def test_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 10, 100):
         save(tmp_path, step, keep=3)

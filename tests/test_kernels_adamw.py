@@ -1,7 +1,10 @@
 """AdamW in place on flat tuples of leaves: against float64 NumPy, against torch, and against its composed reference.
 
 Planted faults it was seen to catch:
-PLACEHOLDER
+weight decay dropped, or applied to every leaf; eps inside the bias correction; the correction of v without its root;
+grad_scale dropped; bfloat16 ties rounded away from zero; bfloat16 moments not written back; the norm accumulated in
+float32; a leaf's last elements left out of the norm; the reference not assigning v; the step's update made independent
+of the norm of the gradients and moved before them.
 """
 from __future__ import annotations
 

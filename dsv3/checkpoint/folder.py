@@ -1,4 +1,6 @@
-"""Folders that appear whole or not at all: written beside, synced, renamed; a manifest of sizes and checksums."""
+"""Folders that appear whole or not at all: written beside, synced, renamed; a manifest of sizes and
+checksums.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import zlib
@@ -36,7 +39,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
-# -- the manifest ----------------------------------------------------------------------------------------------------------
+# -- the manifest ----------------------------------------------------------------------------------------
 def checksum(path: Path) -> int:
     """CRC-32 of a file's bytes."""
     crc = 0
@@ -69,7 +72,9 @@ def manifest(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def verify(folder: Path, names: Iterable[str] | None = None, checksums: bool = True) -> None:
-    """Compare files (default: all) with the manifest. Raises ValueError naming the first file that differs, and how."""
+    """Compare files (default: all) with the manifest. Raises ValueError naming the first file that differs,
+    and how.
+    """
     listed = manifest(folder)
     for name in listed if names is None else names:
         path = folder / name
@@ -87,7 +92,7 @@ def verify(folder: Path, names: Iterable[str] | None = None, checksums: bool = T
             )
 
 
-# -- appearing whole ---------------------------------------------------------------------------------------------------------
+# -- appearing whole -------------------------------------------------------------------------------------
 def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -119,18 +124,19 @@ def _temporary(target: Path) -> Path:
 
 
 def aside(target: Path) -> Path:
-    """Where the old folder waits, whole, while a new one takes its name on a system that cannot swap names."""
+    """Where the old folder waits, whole, while a new one takes its name where names cannot be swapped."""
     return target.parent / f".old-{target.name}"
 
 
 def replace_folder(
     target: str | Path, write: Callable[[Path], None], *, is_ours: Callable[[Path], bool], with_manifest: bool
 ) -> Path:
-    """Fill a temporary sibling by ``write(folder)``, sync it, and give it the name ``target``; returns the full path.
+    """Fill a temporary sibling by ``write(folder)``, sync it, and give it the name ``target``; returns the
+    full path.
 
-    What stood there stays whole until the new folder does, then goes; files in it that ``is_ours(file)`` disowns are
-    carried over. If ``write`` raises, nothing has changed. Leftovers of killed writers of the same target are removed.
-    Raises ValueError when ``target`` is a file or holds a folder.
+    What stood there stays whole until the new folder does, then goes; files in it that ``is_ours(file)``
+    disowns are carried over. If ``write`` raises, nothing has changed. Leftovers of killed writers of the
+    same target are removed. Raises ValueError when ``target`` is a file or holds a folder.
     """
     target = Path(target).resolve()
     if target.exists() and not target.is_dir():
@@ -143,8 +149,9 @@ def replace_folder(
                 f"path or move it away"
             )
     target.parent.mkdir(parents=True, exist_ok=True)
-    for p in target.parent.glob(f".tmp-{target.name}-*"):
-        shutil.rmtree(p)
+    for p in target.parent.iterdir():
+        if re.fullmatch(rf"\.tmp-{re.escape(target.name)}-[0-9a-f]{{8}}", p.name):
+            shutil.rmtree(p)
     if target.exists() and aside(target).exists():
         shutil.rmtree(aside(target))
     temporary = _temporary(target)
@@ -163,7 +170,11 @@ def replace_folder(
             os.rename(temporary, target)
         elif not _exchange(temporary, target):
             os.rename(target, aside(target))
-            os.rename(temporary, target)
+            try:
+                os.rename(temporary, target)
+            except OSError:
+                os.rename(aside(target), target)
+                raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -175,7 +186,9 @@ def replace_folder(
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that its name vanishes at once: a kill in between leaves no half of it under that name."""
+    """Delete a folder so that its name vanishes at once: a kill in between leaves no half of it under that
+    name.
+    """
     temporary = _temporary(folder)
     os.rename(folder, temporary)
     shutil.rmtree(temporary)

@@ -1,6 +1,7 @@
 """FP8 as DeepSeek publishes it: E4M3 codes (as uint8) and one float32 scale per 128 x 128 block.
 
-E4M3FN: 1 sign, 4 exponent bits of bias 7, 3 mantissa bits; no infinities; 0x7f and 0xff are NaN; the largest is 448.
+E4M3FN: 1 sign, 4 exponent bits of bias 7, 3 mantissa bits; no infinities; 0x7f and 0xff are NaN; the largest
+is 448.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DECODED = _table()  # [256] float32: the value of every code
 
 
 def encode(x: np.ndarray) -> np.ndarray:
-    """float32 -> E4M3 codes, rounded to nearest, ties to even; what lies beyond +-448 becomes +-448, NaN NaN."""
+    """float32 -> E4M3 codes, rounded to nearest even; what lies beyond +-448 becomes +-448, NaN NaN."""
     u = np.asarray(x, np.float32, order="C").view(np.uint32)
     magnitude = u & np.uint32(0x7FFFFFFF)
     clipped = np.where(
@@ -46,7 +47,9 @@ def scale_shape(shape: tuple[int, int], block: tuple[int, int] = BLOCK) -> tuple
 
 
 def dequantise(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int] = BLOCK) -> np.ndarray:
-    """value[i, j] = decoded[i, j] * scales[i // 128, j // 128] in float32. codes: [m, n] uint8 -> [m, n] float32."""
+    """value[i, j] = decoded[i, j] * scales[i // 128, j // 128] in float32. codes: [m, n] uint8 -> [m, n]
+    float32.
+    """
     out = DECODED[codes]
     for i in range(scales.shape[0]):
         rows = out[i * block[0] : (i + 1) * block[0]]

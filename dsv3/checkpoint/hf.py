@@ -24,17 +24,18 @@ from .shards import Shards
 FP8_DTYPE = "float8_e4m3fn"
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------
 def from_hf(
     path: str | Path, dtype: str | None = None, layers: int | None = None, mtp: bool = True
 ) -> tuple[Any, Config]:
     """(params, cfg) of a folder with config.json and safetensors, one file or several with an index.
 
-    Accepts float32, bfloat16, float16, and FP8 E4M3 with block scales, which become float(code) * scale in float32.
-    dtype: float32, bfloat16 or float16; None keeps what is stored, and takes the config's torch_dtype when that is FP8
-    or a mixture. The router bias is always float32. layers: read only the first so many main blocks, and cut the config
-    to them. mtp=False leaves the MTP modules out, there or not. At most one leaf is held beside the result. Raises
-    FileNotFoundError, or ValueError naming the tensor and the remedy.
+    Accepts float32, bfloat16, float16, and FP8 E4M3 with block scales, which become float(code) * scale in
+    float32. dtype: float32, bfloat16 or float16; None keeps what is stored, and takes the config's
+    torch_dtype when that is FP8 or a mixture. The router bias is always float32. layers: read only the first
+    so many main blocks, and cut the config to them. mtp=False leaves the MTP modules out, there or not. At
+    most two copies of one leaf are held beside the result. Raises FileNotFoundError, or ValueError naming the
+    tensor and the remedy.
     """
     path = Path(path)
     whole, block = _read_config(path)
@@ -72,7 +73,9 @@ def from_hf(
 
 
 def _read_config(path: Path) -> tuple[Config, tuple[int, int]]:
-    """The config, freed of its quantization_config (params are never quantised), and the size of an FP8 block."""
+    """The config, freed of its quantization_config (params are never quantised), and the size of an FP8
+    block.
+    """
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: no such folder; expected one with config.json and safetensors files"
@@ -144,14 +147,15 @@ def _check_names(
     beyond = [name for name in found if is_mtp(name, whole)]
     if mtp and whole.num_nextn_predict_layers and not beyond:
         raise ValueError(
-            f"{path}: config.json has num_nextn_predict_layers={whole.num_nextn_predict_layers} but the files "
-            f"hold no MTP tensors (model.layers.{whole.num_hidden_layers}.*); load without them by mtp=False"
+            f"{path}: config.json has num_nextn_predict_layers={whole.num_nextn_predict_layers} but the "
+            f"files hold no MTP tensors (model.layers.{whole.num_hidden_layers}.*); load without them by "
+            f"mtp=False"
         )
     last = max((int(name.split(".")[2]) for name in beyond), default=-1) - whole.num_hidden_layers + 1
     if mtp and last > whole.num_nextn_predict_layers:
         raise ValueError(
-            f"{path}: holds blocks up to model.layers.{last + whole.num_hidden_layers - 1} but config.json has "
-            f"num_hidden_layers={whole.num_hidden_layers} and num_nextn_predict_layers="
+            f"{path}: holds blocks up to model.layers.{last + whole.num_hidden_layers - 1} but config.json "
+            f"has num_hidden_layers={whole.num_hidden_layers} and num_nextn_predict_layers="
             f"{whole.num_nextn_predict_layers}; leave the MTP modules out by mtp=False, or set "
             f"num_nextn_predict_layers={last}"
         )
@@ -171,8 +175,8 @@ def _stored_dtype(path: Path, opened: Shards, wanted: list[Published], cfg: Conf
     named = raw.get("torch_dtype", raw.get("dtype"))
     if named not in FLOATS:
         raise ValueError(
-            f"{path}: the tensors are {', '.join(sorted(kinds))} and torch_dtype in config.json is {named!r}; "
-            f"say dtype='bfloat16' or another of {', '.join(FLOATS)}"
+            f"{path}: the tensors are {', '.join(sorted(kinds))} and torch_dtype in config.json is "
+            f"{named!r}; say dtype='bfloat16' or another of {', '.join(FLOATS)}"
         )
     return FLOATS[named]
 
@@ -224,16 +228,18 @@ def _values(opened: Shards, t: Published, kind: str, block: tuple[int, int]) -> 
     return leaves.convert(fp8.dequantise(opened.read(t.name), scales, block), "F32", kind, where)
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------------
 def to_hf(
     params: Any, cfg: Config, path: str | Path, dtype: str = "bfloat16", max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Write params as a Hugging Face folder: config.json and safetensors under the published names; returns its path.
+    """Write params as a Hugging Face folder: config.json and safetensors under the published names; returns
+    its path.
 
-    dtype: float32, bfloat16, float16, or float8_e4m3fn (128 x 128 blocks with scales amax/448, the rest bfloat16, as
-    released). MTP's copies of the embedding and the head are written again. The folder is complete before it takes its
-    name; files that are not weights (a tokenizer) are kept when it existed. Raises ValueError when params do not fit
-    cfg, or when the path holds something that this would not replace.
+    dtype: float32, bfloat16, float16, or float8_e4m3fn (128 x 128 blocks with scales amax/448, the rest
+    bfloat16, as released). MTP's copies of the embedding and the head are written again. The folder is
+    complete before it takes its name; files that are not weights (a tokenizer) are kept when it existed.
+    Raises ValueError when params do not fit cfg, or when the path holds something that this would not
+    replace.
     """
     found = leaves.check_params(params, cfg)
     is_fp8 = dtype == FP8_DTYPE
@@ -297,7 +303,9 @@ def _arrays(
 
 
 def _ownership(path: Path) -> Any:
-    """Which files of an existing folder are replaced: the weights and the config. Raises ValueError for foreign weights."""
+    """Which files of an existing folder are replaced: the weights and the config. Raises ValueError for
+    foreign weights.
+    """
 
     def is_ours(file: Path) -> bool:
         name = file.name
@@ -316,7 +324,7 @@ def _ownership(path: Path) -> Any:
                 and not is_ours(file)
             ):
                 raise ValueError(
-                    f"{path} holds {file.name}, which a Hugging Face checkpoint of ours does not have; choose "
-                    f"another path or empty it"
+                    f"{path} holds {file.name}, which a Hugging Face checkpoint of ours does not have; "
+                    f"choose another path or empty it"
                 )
     return is_ours

@@ -1,4 +1,6 @@
-"""Leaves of params on their way to and from a file: types, bit-exact bytes, conversions, and the check of a tree."""
+"""Leaves of params on their way to and from a file: types, bit-exact bytes, conversions, and the check of a
+tree.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def float_dtype(dtype: str) -> str:
 
 
 def dtype_of(leaf: Any, path: str = "leaf") -> str:
-    """The file type of a Tensor, NumPy array or NumPy scalar, such as "BF16". Raises ValueError for any other."""
+    """The file type of a Tensor, NumPy array or NumPy scalar, such as "BF16". Raises ValueError for any
+    other.
+    """
     if isinstance(leaf, Tensor) and str(leaf.dtype) in _OF_TENSOR:
         return _OF_TENSOR[str(leaf.dtype)]
     if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype in _OF_ARRAY:
@@ -55,7 +59,9 @@ def dtype_of(leaf: Any, path: str = "leaf") -> str:
 
 
 def host(leaf: Any) -> np.ndarray:
-    """The values of a leaf on the host, C-contiguous; bfloat16 as uint16 bits. A view where MindSpore allows one."""
+    """The values of a leaf on the host, C-contiguous; bfloat16 as uint16 bits. A view where MindSpore allows
+    one.
+    """
     if not isinstance(leaf, Tensor):
         return np.asarray(leaf, order="C")
     if leaf.dtype == ms.bfloat16:  # asnumpy refuses bfloat16 under NumPy 2, and a cast to float32 alters NaNs
@@ -72,7 +78,7 @@ def tensor(array: np.ndarray, dtype: str) -> Tensor:
     return Tensor(array)
 
 
-# -- conversions between F32, BF16 and F16 ----------------------------------------------------------------------------------
+# -- conversions between F32, BF16 and F16 ---------------------------------------------------------------
 def bf16_bits(x: np.ndarray) -> np.ndarray:
     """float32 -> bfloat16 as uint16 bits, rounded to nearest, ties to even; NaN stays NaN."""
     u = np.asarray(x, np.float32, order="C").view(np.uint32)
@@ -89,7 +95,8 @@ def bf16_values(bits: np.ndarray) -> np.ndarray:
 
 
 def convert(array: np.ndarray, source: str, target: str, path: str) -> np.ndarray:
-    """Values of one of F32, BF16, F16 as another, rounded to nearest even. ``path`` names the tensor in errors.
+    """Values of one of F32, BF16, F16 as another, rounded to nearest even. ``path`` names the tensor in
+    errors.
 
     Raises ValueError for any other type, and when a finite value does not fit into float16.
     """
@@ -116,7 +123,7 @@ def convert(array: np.ndarray, source: str, target: str, path: str) -> np.ndarra
     return out
 
 
-# -- trees -----------------------------------------------------------------------------------------------------------------
+# -- trees -----------------------------------------------------------------------------------------------
 def listed(names: Any, most: int = 5) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
@@ -137,7 +144,7 @@ def check_names(where: str, found: Any, expected: Any) -> None:
 
 
 def check_params(params: Any, cfg: Config) -> dict[str, Any]:
-    """{path: leaf} of params, in order, after checking names, shapes and types against ``param_specs(cfg)``."""
+    """{path: leaf} of params, in order; names, shapes and types are checked against ``param_specs(cfg)``."""
     specs = dict(paths(param_specs(cfg), is_spec))
     leaves = dict(paths(params))
     check_names("params do not fit the config", leaves, specs)

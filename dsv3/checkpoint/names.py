@@ -1,7 +1,8 @@
 """One map between the published tensors of DeepSeek-V3 and the leaves of our params, for any config.
 
-Published weights are [out, in] and one tensor per expert; ours are [in, out] and stacked over the experts. MTP module k
-is published as block ``num_hidden_layers + k``, with copies of the embedding and the head that we keep once.
+Published weights are [out, in] and one tensor per expert; ours are [in, out] and stacked over the experts.
+MTP module k is published as block ``num_hidden_layers + k``, with copies of the embedding and the head that
+we keep once.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class Published:
 
 
 def published(cfg: Config) -> tuple[Published, ...]:
-    """Every tensor of the published layout of ``cfg`` (scales aside), leaf after leaf, in the order of our params."""
+    """Every tensor of the published layout of ``cfg`` (scales aside), leaf after leaf, in the order of our
+    params.
+    """
     out: list[Published] = []
     specs = dict(paths(param_specs(cfg), is_spec))
     for path, spec in specs.items():

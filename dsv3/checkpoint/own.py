@@ -1,7 +1,7 @@
 """Our own checkpoint: a folder of safetensors shards whose tensors are the leaves, named by their paths.
 
-``config.json`` carries the released keys and a marker of the format; ``manifest.json``, written last, has the size and
-CRC-32 of every file. The folder appears whole or not at all.
+``config.json`` carries the released keys and a marker of the format; ``manifest.json``, written last, has the
+size and CRC-32 of every file. The folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ INDEX = "model.safetensors.index.json"
 def save(
     path: str | Path, params: Any, *, cfg: Config, dtype: str | None = None, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Write params and config as a checkpoint folder; returns its path. An older checkpoint there is replaced.
+    """Write params and config as a checkpoint folder; returns its path. An older checkpoint there is
+    replaced.
 
-    dtype: "float32", "bfloat16" or "float16", default as the params are; the router bias stays float32. The folder is
-    complete on the disk before it takes its name: if writing fails, or the process is killed, what was there is still
-    there. Other files in the folder (a tokenizer) are kept. Raises ValueError when params do not fit cfg, or when the
-    path holds something that is not such a checkpoint.
+    dtype: "float32", "bfloat16" or "float16", default as the params are; the router bias stays float32. The
+    folder is complete on the disk before it takes its name: if writing fails, or the process is killed, what
+    was there is still there. Other files in the folder (a tokenizer) are kept. Raises ValueError when params
+    do not fit cfg, or when the path holds something that is not such a checkpoint.
     """
     found = leaves.check_params(params, cfg)
     return replace_folder(
@@ -47,10 +48,12 @@ def save(
 
 
 def load(path: str | Path, dtype: str | None = None, *, verify: bool = True) -> tuple[Any, Config]:
-    """(params, cfg) of a folder written by ``save``. dtype: as stored, or convert to one of float32, bfloat16, float16.
+    """(params, cfg) of a folder written by ``save``. dtype: as stored, or convert to one of float32,
+    bfloat16, float16.
 
-    Every file is compared with the manifest first; verify=False compares sizes only. Raises FileNotFoundError, or
-    ValueError naming the file or tensor that is truncated, damaged, foreign, missing, unexpected or of a wrong shape.
+    Every file is compared with the manifest first; verify=False compares sizes only. Raises
+    FileNotFoundError, or ValueError naming the file or tensor that is truncated, damaged, foreign, missing,
+    unexpected or of a wrong shape.
     """
     path = Path(path)
     cfg = read_config(path)
@@ -60,13 +63,15 @@ def load(path: str | Path, dtype: str | None = None, *, verify: bool = True) -> 
 
 
 def ownership(path: Path) -> Any:
-    """Which files of an existing folder a new checkpoint there replaces. Raises ValueError if it is not one of ours."""
+    """Which files of an existing folder a new checkpoint there replaces. Raises ValueError if it is not one
+    of ours.
+    """
     if not path.is_dir() or not any(path.iterdir()):
         return lambda file: True
     if not (path / MANIFEST).is_file():
         raise ValueError(
-            f"{path} holds files but no {MANIFEST}, so it is not a checkpoint to replace; choose another path "
-            f"or empty it"
+            f"{path} holds files but no {MANIFEST}, so it is not a checkpoint to replace; choose another "
+            f"path or empty it"
         )
     ours = {*folder.manifest(path), MANIFEST}
     return lambda file: file.name in ours
@@ -94,7 +99,9 @@ def write_model(
 
 
 def read_config(path: Path) -> Config:
-    """The config of one of our folders. Raises ValueError with the remedy for any other folder or a newer version."""
+    """The config of one of our folders. Raises ValueError with the remedy for any other folder or a newer
+    version.
+    """
     if not path.is_dir():
         waiting = folder.aside(path)
         hint = f"; an interrupted save left the previous one whole in {waiting}" if waiting.exists() else ""

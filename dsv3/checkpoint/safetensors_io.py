@@ -1,7 +1,9 @@
-"""The safetensors format, read and written exactly: 8 bytes of header length, a JSON header, the tensors end to end.
+"""The safetensors format, read and written exactly: 8 bytes of header length, a JSON header, the tensors end
+to end.
 
-Reading maps the file and returns views; every claim of the header is checked before a byte is believed. Values travel
-as NumPy arrays; the types NumPy lacks travel as bit patterns: BF16 as uint16, F8_E4M3 and F8_E5M2 as uint8.
+Reading maps the file and returns views; every claim of the header is checked before a byte is believed.
+Values travel as NumPy arrays; the types NumPy lacks travel as bit patterns: BF16 as uint16, F8_E4M3 and
+F8_E5M2 as uint8.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, BinaryIO, Iterable, Mapping
 
 import numpy as np
 
-# From narrow to wide: within a file tensors lie in the opposite order, so that each is aligned to its own size.
+# From narrow to wide; within a file tensors lie in the opposite order, so each is aligned to its own size.
 DTYPES = {
     name: np.dtype(kind)
     for name, kind in (
@@ -42,7 +44,9 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a file: its name, type, shape and its bytes [start, end) counted from the end of the header."""
+    """One tensor of a file: its name, type, shape and its bytes [start, end) counted from the end of the
+    header.
+    """
 
     name: str
     dtype: str
@@ -74,9 +78,11 @@ def _count(shape: Iterable[int]) -> int:
     return n
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------
 def open_file(path: str | Path) -> File:
-    """Map a file and check its header. Raises FileNotFoundError, or ValueError naming file, tensor, expected and found."""
+    """Map a file and check its header. Raises FileNotFoundError, or ValueError naming file, tensor, expected
+    and found.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -100,7 +106,9 @@ def open_file(path: str | Path) -> File:
 
 
 def read(file: File, name: str) -> np.ndarray:
-    """One tensor as a read-only view of the mapped file (bit patterns for BF16 and FP8). Raises ValueError if absent."""
+    """One tensor as a read-only view of the mapped file (bit patterns for BF16 and FP8). Raises ValueError if
+    absent.
+    """
     if name not in file.slots:
         raise ValueError(f"{file.path}: no tensor {name!r} in this file")
     slot = file.slots[name]
@@ -175,7 +183,7 @@ def _check_layout(path: Path, slots: list[Slot], nbytes: int) -> None:
         )
 
 
-# -- writing -------------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Writer:
     """A file being written. ``pending`` holds the slots not written yet and shrinks."""

@@ -62,8 +62,8 @@ def write_shards(
 ) -> None:
     """Write ``stem``-00001-of-0000N.safetensors ... and ``stem``.safetensors.index.json.
 
-    ``arrays`` yields (name, array) once for each slot, in any order, so the caller decides what is in memory at once.
-    One file without an index, ``stem``.safetensors, when one is enough, unless ``always_index``.
+    ``arrays`` yields (name, array) once for each slot, in any order, so the caller decides what is in memory
+    at once. One file without an index, ``stem``.safetensors, when one is enough, unless ``always_index``.
     """
     groups = _split(slots, parse_size(max_shard_size))
     names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
@@ -136,7 +136,7 @@ def open_shards(folder: str | Path, stem: str = "model") -> Shards:
 
 
 def index_files(folder: Path, stem: str = "model") -> dict[str, str]:
-    """{tensor: file name} of an index file. Raises ValueError unless it is one that stays inside its folder."""
+    """{tensor: file name} of an index file. Raises ValueError unless its files stay inside the folder."""
     path = folder / f"{stem}.safetensors.index.json"
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: model, optimiser state and position, one folder a step, the newest few kept."""
+"""Checkpoints of a training run: model, optimiser state and position, one folder a step, the newest kept."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def save_training(
 ) -> Path:
     """Write ``run_dir/checkpoints/step_00000120`` and delete all but the newest ``keep``; returns its path.
 
-    opt_state: a tree of dict and tuple of Tensors or NumPy values of any type, read back bit for bit. meta: what else
-    the run needs to go on (data position, random state, schedule), of JSON's types; "step" is added. At most one leaf
-    is held twice. The folder is complete on the disk before it takes its name, and nothing is deleted before that.
-    One process writes a run: leftovers of killed writers are removed. Raises ValueError for what cannot be stored.
+    opt_state: a tree of dict and tuple of Tensors or NumPy values of any type, read back bit for bit. meta:
+    what else the run needs to go on (data position, random state, schedule), of JSON's types; "step" is
+    added. At most one leaf is held twice. The folder is complete on the disk before it takes its name, and
+    nothing is deleted before that. One process writes a run: leftovers of killed writers are removed. Raises
+    ValueError for what cannot be stored.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}; expected at least 1: the newest checkpoint always stays")
@@ -91,7 +92,9 @@ def save_training(
 
 
 def latest_training(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None. One that does not match its manifest is skipped with a warning."""
+    """The newest complete checkpoint of a run, or None. One that does not match its manifest is skipped with
+    a warning.
+    """
     for path in sorted(_steps(Path(run_dir) / "checkpoints"), reverse=True):
         try:
             _check(path)
@@ -123,7 +126,7 @@ def load_training(path: str | Path) -> tuple[Any, Any, dict[str, Any], Config]:
     return own.read_model(path, cfg, None), opt_state, described["meta"], cfg
 
 
-# -- which ones are there ----------------------------------------------------------------------------------------------------
+# -- which ones are there --------------------------------------------------------------------------------
 def _steps(home: Path) -> list[Path]:
     return (
         [p for p in home.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d{8,}", p.name)]
@@ -133,7 +136,7 @@ def _steps(home: Path) -> list[Path]:
 
 
 def _check(path: Path, checksums: bool = True) -> None:
-    """Every file of the manifest is there, and the manifest has every file that a training checkpoint needs."""
+    """Every file of the manifest is as it says, and it has all that a training checkpoint needs."""
     verify(path, (own.CONFIG, own.INDEX, TRAINING, "optimizer.safetensors.index.json"), checksums=False)
     verify(path, checksums=checksums)
     for stem in ("model", "optimizer"):
@@ -149,20 +152,24 @@ def _has_right_sizes(path: Path) -> bool:
 
 
 def _keep_newest(home: Path, newest: str, keep: int) -> None:
-    """Delete all but ``keep``: the one just written stays whatever its number, then whole ones, then the newest."""
+    """Delete all but ``keep``: the one just written stays whatever its number, then whole ones, then the
+    newest.
+    """
     ranked = sorted(_steps(home), key=lambda p: (p.name == newest, _has_right_sizes(p), p.name), reverse=True)
     for path in ranked[keep:]:
         remove_folder(path)
 
 
-# -- trees of any leaves -------------------------------------------------------------------------------------------------------
+# -- trees of any leaves ---------------------------------------------------------------------------------
 def _on_host(tensors: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     for name, leaf in tensors.items():  # one leaf on the host at a time
         yield name, leaves.host(leaf)
 
 
 def _outline(tree: Any, name: str, tensors: dict[str, Any]) -> Any:
-    """The containers of a tree as JSON, its arrays put into ``tensors`` by name. Paths may hold dots in their keys."""
+    """The containers of a tree as JSON, its arrays put into ``tensors`` by name. Paths may hold dots in their
+    keys.
+    """
     dot = name + "." if name else ""
     if isinstance(tree, dict):
         for key in tree:
@@ -196,7 +203,9 @@ def _rebuild(outline: Any, name: str, opened: shards.Shards, used: list[str]) ->
 
 
 def _plain(value: Any, where: str) -> Any:
-    """JSON's own types, NumPy scalars and tuples made plain. Raises ValueError for what would not come back the same."""
+    """JSON's own types, NumPy scalars and tuples made plain. Raises ValueError for what would not come back
+    the same.
+    """
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):

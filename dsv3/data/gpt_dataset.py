@@ -141,7 +141,7 @@ class GPTDataset:
 
 
 def parse_split(split: str) -> list[tuple[float, float] | None]:
-    """Shares of train, valid, test: "969, 30, 1" gives (0, 0.969), (0.969, 0.999), (0.999, 1); None if empty."""
+    """Shares of train, valid, test: "969, 30, 1" gives (0, 0.969), (0.969, 0.999), (0.999, 1); or None."""
     numbers = [float(number) for number in re.findall(r"[.0-9]+", split)]
     if not 1 <= len(numbers) <= 3 or "-" in split or sum(numbers) <= 0:
         raise ValueError(f"split: expected one to three weights such as '969, 30, 1', found {split!r}")

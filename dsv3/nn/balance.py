@@ -8,6 +8,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import ops
 
+from ..kernels.grouped_matmul import iota
 from ..kernels.topk import choose_experts, count_experts
 
 
@@ -20,7 +21,7 @@ def sequence_loss(idx_TK, scores_TE, logits_TE, batch_size: int, *, cfg):
     E, K = cfg.n_routed_experts, cfg.num_experts_per_tok
     T = scores_TE.shape[0] // batch_size
     best_TK = choose_experts(ops.stop_gradient(scores_TE), n_group=1, topk_group=1, k=K, group_score="max")
-    sequence = ops.arange(batch_size * T).astype(ms.int32).reshape(-1, 1) // T
+    sequence = iota(batch_size * T).reshape(-1, 1) // T
     f_BE = count_experts(best_TK + sequence * E, batch_size * E).reshape(batch_size, E).astype(ms.float32) * (E / (K * T))
     p_TE = scores_TE / ops.sum(scores_TE, -1, True)
     p_BE = ops.mean(p_TE.reshape(batch_size, T, E), 1)
@@ -50,7 +51,7 @@ def communication_loss(idx_TK, scores_TE, logits_TE, batch_size: int, *, cfg, de
     """Communication balance: f''_i = devices / (limit T) * tokens sent to device i (V2, equations 18-20)."""
     T, E = scores_TE.shape[0], cfg.n_routed_experts
     per_device = E // devices
-    sent_TKD = ops.equal((idx_TK // per_device).expand_dims(-1), ops.arange(devices).astype(ms.int32))
+    sent_TKD = ops.equal((idx_TK // per_device).expand_dims(-1), iota(devices))
     sent_D = ops.sum(ops.amax(sent_TKD.astype(ms.float32), 1), 0) * (devices / (limit * T))
     p_E = ops.mean(scores_TE / ops.sum(scores_TE, -1, True), 0)
     return ops.sum(ops.stop_gradient(sent_D) * ops.sum(p_E.reshape(devices, per_device), 1))
