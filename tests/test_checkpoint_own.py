@@ -240,6 +240,8 @@ def test_an_older_checkpoint_is_replaced_and_other_files_stay(tmp_path, params, 
     monkeypatch.setattr(folder, "_exchange", lambda *x: (whole(), exchange(*x), whole())[1])
     save(tmp_path / "a", newer, cfg=CFG)
     assert len(seen) >= 2 and all(seen)  # at every step some whole one is there
+    if swaps:
+        assert all(tmp_path / "a" in there for there in seen)  # and it has its name
     assert bits(load(tmp_path / "a")[0]) == bits(newer)
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         "config.json",

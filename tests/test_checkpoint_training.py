@@ -238,6 +238,9 @@ def test_kill_at_random_moments(tmp_path):
         cwd=tmp_path,
     )
     try:
+        start = time.perf_counter()
+        save(tmp_path / "timed", 1)
+        duration = time.perf_counter() - start
         assert writer.stdout.readline() == "ready\n"
         for kill in range(12):
             writer.stdin.write(f"{tmp_path / 'run'} {next_step}\n")
@@ -246,7 +249,7 @@ def test_kill_at_random_moments(tmp_path):
             while f"begin {wait_for}\n" not in said or not any(line.startswith("child") for line in said):
                 said.append(writer.stdout.readline())
                 assert said[-1] not in ("", "dead\n"), said  # the writer failed by itself
-            time.sleep(chance.random() * 0.03)
+            time.sleep(chance.random() * 1.2 * duration)
             os.kill(int(next(line for line in said if line.startswith("child")).split()[1]), signal.SIGKILL)
             while said[-1] != "dead\n":
                 said.append(writer.stdout.readline())
@@ -408,6 +411,17 @@ def test_nothing_is_deleted_before_the_new_one_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "remove_folder", watched)
     save(tmp_path, 2, keep=1)
     assert steps(tmp_path) == [2]
+
+
+def test_what_is_deleted_loses_its_name_first(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    deleted, rmtree = [], folder.shutil.rmtree
+    monkeypatch.setattr(
+        folder.shutil, "rmtree", lambda path, **kw: (deleted.append(path.name), rmtree(path, **kw))
+    )
+    save(tmp_path, 2, keep=1)
+    save(tmp_path, 2, keep=1)
+    assert len(deleted) == 2 and all(name.startswith(".tmp-") for name in deleted)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

@@ -1,6 +1,9 @@
 """Tokenizers, corpora and the `data` command.
 
-Planted faults seen to fail here:
+Planted faults seen to fail here: bos and eos swapped; tokenizer_config.json not read; special tokens lost in
+decoding; half a character raising; a vocabulary without all bytes; held-out files among the training ones;
+counts without the added one; entropy in bits; vocabulary size missing from the cache's key; a partial
+directory left; a text cut inside a line.
 """
 
 import argparse

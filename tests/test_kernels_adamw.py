@@ -1,10 +1,11 @@
-"""AdamW in place on flat tuples of leaves: against float64 NumPy, against torch, and against its composed reference.
+"""AdamW in place on flat tuples of leaves: against float64 NumPy, against torch, and against its composed
+reference.
 
 Planted faults it was seen to catch:
-weight decay dropped, or applied to every leaf; eps inside the bias correction; the correction of v without its root;
-grad_scale dropped; bfloat16 ties rounded away from zero; bfloat16 moments not written back; the norm accumulated in
-float32; a leaf's last elements left out of the norm; the reference not assigning v; the step's update made independent
-of the norm of the gradients and moved before them.
+weight decay dropped, or applied to every leaf; eps inside the bias
+correction; the correction of v without its root; grad_scale dropped; bfloat16 ties rounded away from zero;
+bfloat16 moments not written back; the norm accumulated in float32; a leaf's last elements left out of the
+norm; the reference not assigning v.
 """
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from dsv3.kernels import adamw, native  # noqa: E402
 
 LR, BETA1, BETA2, EPS, DECAY = 1e-2, 0.9, 0.95, 1e-8, 0.1
 
-# torch 2.13 on the CPU, float32: AdamW(lr=1e-2, betas=(0.9, 0.95), eps=1e-8), weight decay 0.1 on the first leaf and
-# 0 on the second, 10 steps from START with GRADIENT: param, exp_avg, exp_avg_sq.
+# torch 2.13 on the CPU, float32: AdamW(lr=1e-2, betas=(0.9, 0.95), eps=1e-8), weight decay 0.1 on the first
+# leaf and 0 on the second, 10 steps from START with GRADIENT: param, exp_avg, exp_avg_sq.
 TORCH = (
     ([0.965577006, 0.522554398, -0.408393741, -0.948224783, -0.618577182, 0.299810857],
      [-0.0124616278, 0.0287103821, 0.0563794449, 0.0575323813, 0.0316269323, -0.00915315375],
@@ -36,8 +37,9 @@ START = (np.cos(np.arange(6)).astype(np.float32).reshape(2, 3), np.cos(np.arange
 
 
 def GRADIENT(step, leaf):
-    n = START[leaf].size
-    return (np.sin(0.7 * np.arange(n) + 1.3 * step + leaf) * (1 + leaf)).astype(np.float32).reshape(START[leaf].shape)
+    shape = START[leaf].shape
+    angle = 0.7 * np.arange(START[leaf].size) + 1.3 * step + leaf
+    return (np.sin(angle) * (1 + leaf)).astype(np.float32).reshape(shape)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,8 @@ def compile_update(update, n, decay):
 
     @ms.jit
     def compiled(s, *leaves):
-        return update(s, leaves[:n], leaves[n:2 * n], leaves[2 * n:3 * n], leaves[3 * n:4 * n], decay, leaves[4 * n:])
+        params, grads, m, v = leaves[:n], leaves[n:2 * n], leaves[2 * n:3 * n], leaves[3 * n:4 * n]
+        return update(s, params, grads, m, v, decay, leaves[4 * n:])
 
     return compiled
 
@@ -79,7 +82,7 @@ def to_bfloat16(x):
 @pytest.mark.parametrize("update", [adamw.adamw_update, adamw.adamw_update_reference])
 def test_ten_steps_equal_torch(update):
     step_fn = compile_update(update, 2, (True, False))
-    state = [[Tensor(x.copy()) for x in START], [Tensor(0 * x) for x in START], [Tensor(0 * x) for x in START]]
+    state = [[Tensor(x * factor) for x in START] for factor in (np.float32(1), np.float32(0), np.float32(0))]
     for step in range(1, 11):
         grads = [Tensor(GRADIENT(step, leaf)) for leaf in range(2)]
         step_fn(Tensor(scalars(step)), *state[0], *grads, *state[1], *state[2])
@@ -100,11 +103,12 @@ def test_ten_steps_equal_float64(update):
     step_fn = compile_update(update, n, decay)
     for step in range(1, 11):
         s = scalars(step, grad_scale=0.37)
-        grads = [np.asarray(rng.standard_normal(shape) * 10 ** rng.uniform(-3, 1), np.float32) for shape in shapes]
+        grads = [np.asarray(rng.standard_normal(shape) * 10 ** rng.uniform(-3, 1), np.float32)
+                 for shape in shapes]
         learning_rate = step_fn(Tensor(s), *tensors[0], *map(Tensor, grads), *tensors[1], *tensors[2])
         for i in range(n):
-            exact[0][i], exact[1][i], exact[2][i] = oracle(*(exact[0][i], grads[i], exact[1][i], exact[2][i]), s,
-                                                           decay[i])
+            new = oracle(exact[0][i], grads[i], exact[1][i], exact[2][i], s, decay[i])
+            exact[0][i], exact[1][i], exact[2][i] = new
     np.testing.assert_array_equal(learning_rate.asnumpy(), np.float32([LR]))
     for found, expected in zip(tensors, exact):
         for a, b in zip(found, expected):
@@ -114,7 +118,8 @@ def test_ten_steps_equal_float64(update):
 
 def test_bfloat16_params_with_masters_and_bfloat16_moments():
     rng = np.random.default_rng(1)
-    shape, decay = (5, 401), (True, True, False)  # leaf 0: bfloat16 param; 1: float32; 2: bfloat16 param and moments
+    # leaf 0: bfloat16 param; 1: float32; 2: bfloat16 param and moments
+    shape, decay = (5, 401), (True, True, False)
     start = [to_bfloat16(rng.standard_normal(shape)) for _ in range(3)]
 
     def narrow(x):
@@ -124,18 +129,18 @@ def test_bfloat16_params_with_masters_and_bfloat16_moments():
     masters = [Tensor(start[0].copy()), Tensor(start[2].copy())]
     zero = np.zeros(shape, np.float32)
     m, v = ([Tensor(zero.copy()), Tensor(zero.copy()), narrow(zero)] for _ in range(2))
-    exact = [[x.astype(np.float64) for x in start], [zero.astype(np.float64)] * 3, [zero.astype(np.float64)] * 3]
+    exact = [[x.astype(np.float64) for x in start], [0.0] * 3, [0.0] * 3]
     step_fn = compile_update(adamw.adamw_update, 3, decay)
     for step in range(1, 5):
         s = scalars(step)
         grads = [to_bfloat16(rng.standard_normal(shape)) for _ in range(3)]
         step_fn(Tensor(s), *params, narrow(grads[0]), Tensor(grads[1]), narrow(grads[2]), *m, *v, *masters)
-        before = [[x.copy() for x in leaves] for leaves in exact]
         for i in range(3):
-            exact[0][i], exact[1][i], exact[2][i] = oracle(before[0][i], grads[i], before[1][i], before[2][i], s,
-                                                           decay[i])
+            new = oracle(exact[0][i], grads[i], exact[1][i], exact[2][i], s, decay[i])
+            exact[0][i], exact[1][i], exact[2][i] = new
         for rows, found in ((exact[1], m[2]), (exact[2], v[2])):
-            # float64 and float32 may fall on two sides of a tie: all but a few equal to the bit, none a step away
+            # float64 and float32 may fall on two sides of a tie: all but a few equal to the bit, none a step
+            # away
             rounded, kept = to_bfloat16(rows[2]), found.astype(ms.float32).asnumpy()
             assert (rounded != kept).mean() < 1e-3
             np.testing.assert_allclose(kept, rounded, rtol=2**-7)
@@ -148,7 +153,7 @@ def test_bfloat16_params_with_masters_and_bfloat16_moments():
 
 
 def test_rounding_of_ties_and_specials():
-    exact = np.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20, 3.3961776e38, np.inf], np.float32)
+    exact = np.float32([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20, 3.3961776e38, np.inf])
     param, zero = Tensor(np.zeros(6, np.float32)).astype(ms.bfloat16), Tensor(np.zeros(6, np.float32))
     master = Tensor(exact.copy())
     s = scalars(1)
@@ -179,7 +184,7 @@ def test_global_norm_sq_is_exact_to_float32():
 
 
 def test_a_whole_step_of_300_leaves_compiles_once():
-    """Loss, gradients, clipping and update in one graph: no parameter is written before its last gradient is taken."""
+    """Loss, gradients, clipping and update in one graph: no param is written before its last gradient."""
     n = 300
     rng = np.random.default_rng(3)
     start = [rng.standard_normal((3, 4)).astype(np.float32) for _ in range(n)]
@@ -210,7 +215,8 @@ def test_a_whole_step_of_300_leaves_compiles_once():
         grads = [x * (P[i - 1] + P[(i + 1) % n]) for i in range(n)]
         expected_sq = sum((g**2).sum() for g in grads)
         np.testing.assert_allclose(norm_sq.asnumpy(), expected_sq, rtol=1e-5)
-        np.testing.assert_allclose(value.asnumpy(), x * sum((P[i] * P[(i + 1) % n]).sum() for i in range(n)), rtol=1e-4)
+        expected = x * sum((P[i] * P[(i + 1) % n]).sum() for i in range(n))
+        np.testing.assert_allclose(value.asnumpy(), expected, rtol=1e-4)
         s = scalars(step, 1 / np.sqrt(expected_sq))
         new = [oracle(P[i], grads[i], exact[1][i], exact[2][i], s, decay[i]) for i in range(n)]
         exact = [[leaf[j] for leaf in new] for j in range(3)]

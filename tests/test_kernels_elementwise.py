@@ -1,11 +1,13 @@
-"""RMSNorm, SwiGLU and cross entropy: C++ kernels and composed references against float64 NumPy, in value and gradient.
+"""RMSNorm, SwiGLU and cross entropy: C++ kernels and composed references against float64 NumPy, in value and
+gradient.
 
 Planted faults it was seen to catch:
-RMSNorm: the gradient of the sum dropped, inverse^2 for inverse^3 in dx, the tail of a row left out of its mean, chunks
-left out of dweight, eps dropped, dweight chunked by the number of threads. SwiGLU: a wrong derivative, a sigmoid without
-the case of negative gates. Cross entropy: the gradient of ignored tokens kept, log-sum-exp formed before the label's
-logit is taken off, a running maximum that starts at 0, a running sum that is not rescaled, dw of the last chunk only, a
-label's logit looked up in the wrong tile, labels not checked, a NaN turned into 0. A shape check taken out.
+RMSNorm: the gradient of the sum dropped, inverse^2 for inverse^3 in dx, the tail of a row left out of its
+mean, chunks left out of dweight, eps dropped, dweight chunked by the number of threads. SwiGLU: a wrong
+derivative, a sigmoid without the case of negative gates. Cross entropy: the gradient of ignored tokens kept,
+log-sum-exp formed before the label's logit is taken off, a running maximum that starts at 0, a running sum
+that is not rescaled, dw of the last chunk only, a label's logit looked up in the wrong tile, labels not
+checked, a NaN turned into 0. A shape check taken out.
 """
 from __future__ import annotations
 
@@ -62,8 +64,8 @@ def oracle_cross_entropy(logits, labels, dloss):
 # Compiled functions, with gradients of all float arguments through ms.jit and ms.value_and_grad.
 
 def compile_grad(fn, arguments, n_outputs):
-    """A compiled function of arguments and cotangents: the outputs of ``fn``, then the gradients of sum(output *
-    cotangent) for each float argument."""
+    """A compiled function of arguments and cotangents: the outputs of ``fn``, then the gradients of
+    sum(output * cotangent) for each float argument."""
     n, floats = len(arguments), tuple(i for i, a in enumerate(arguments) if a.dtype == np.float32)
     position = floats if len(floats) > 1 else floats[0]
 
@@ -230,7 +232,8 @@ def test_label_outside_the_vocabulary_is_refused():
 CASES = {
     "rms_norm": (with_eps(norm.rms_norm), (normal(3000, 96), normal(96)), normal(3000, 96, seed=1)),
     "linear_cross_entropy": (ce.linear_cross_entropy,
-                             (normal(600, 24), normal(24, 3001), np.arange(600, dtype=np.int32)), normal(600, seed=1)),
+                             (normal(600, 24), normal(24, 3001), np.arange(600, dtype=np.int32)),
+                             normal(600, seed=1)),
 }
 
 
@@ -273,17 +276,18 @@ def test_narrow_dtypes_are_computed_in_float32(dtype):
 
 
 def test_misuse_is_refused_with_words():
-    x, short, labels = Tensor(normal(4, 8)), Tensor(normal(4, 7)), Tensor(np.zeros(4, np.int32))
+    x, short = Tensor(normal(4, 8)), Tensor(normal(4, 7))
+    labels, few = Tensor(np.zeros(4, np.int32)), Tensor(np.zeros(3, np.int32))
     for fn, words, arguments in (
         (with_eps(norm.rms_norm), "expected weight", (x, Tensor(normal(7)))),
         (with_eps(norm.add_rms_norm), "x and residual of one shape", (x, short, Tensor(normal(8)))),
         (with_eps(norm.add_rms_norm), "cast one of them", (x, x.astype(ms.float16), Tensor(normal(8)))),
         (glu.swiglu, "gate and up of one shape", (x, short)),
         (glu.swiglu, "cast one of them", (x, x.astype(ms.float16))),
-        (ce.cross_entropy, "labels .tokens.", (x, Tensor(np.zeros(3, np.int32)))),
+        (ce.cross_entropy, "labels .tokens.", (x, few)),
         (ce.cross_entropy, "expected int32 labels", (x, Tensor(np.zeros(4, np.int64)))),
         (ce.linear_cross_entropy, "h .tokens, D. and w .D, W.", (x, Tensor(normal(9, 5)), labels)),
-        (ce.linear_cross_entropy, "labels .tokens.", (x, Tensor(normal(8, 5)), Tensor(np.zeros(3, np.int32)))),
+        (ce.linear_cross_entropy, "labels .tokens.", (x, Tensor(normal(8, 5)), few)),
     ):
 
         @ms.jit

@@ -1,6 +1,4 @@
-"""Folders that appear whole or not at all: written beside, synced, renamed; a manifest of sizes and
-checksums.
-"""
+"""Folders that appear whole or not at all: written beside, synced, renamed; with a manifest of checksums."""
 
 from __future__ import annotations
 
@@ -64,17 +62,14 @@ def manifest(folder: Path) -> dict[str, dict[str, int]]:
     """{file: {"size", "crc32"}} as written last into the folder. Raises ValueError if it was altered."""
     found = read_json(folder / MANIFEST)
     files = found.get("files") if isinstance(found, dict) else None
-    if not isinstance(files, dict) or (folder / MANIFEST).read_text(encoding="utf-8") != _manifest_text(
-        files
-    ):
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    if not isinstance(files, dict) or text != _manifest_text(files):
         raise ValueError(f"{folder / MANIFEST}: damaged or edited: it does not match its own checksum")
     return files
 
 
 def verify(folder: Path, names: Iterable[str] | None = None, checksums: bool = True) -> None:
-    """Compare files (default: all) with the manifest. Raises ValueError naming the first file that differs,
-    and how.
-    """
+    """Compare files (default: all) with the manifest. Raises ValueError naming the first that differs."""
     listed = manifest(folder)
     for name in listed if names is None else names:
         path = folder / name
@@ -131,8 +126,7 @@ def aside(target: Path) -> Path:
 def replace_folder(
     target: str | Path, write: Callable[[Path], None], *, is_ours: Callable[[Path], bool], with_manifest: bool
 ) -> Path:
-    """Fill a temporary sibling by ``write(folder)``, sync it, and give it the name ``target``; returns the
-    full path.
+    """Fill a temporary sibling by ``write(folder)``, sync it, rename it to ``target``; returns the full path.
 
     What stood there stays whole until the new folder does, then goes; files in it that ``is_ours(file)``
     disowns are carried over. If ``write`` raises, nothing has changed. Leftovers of killed writers of the
@@ -186,9 +180,7 @@ def replace_folder(
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that its name vanishes at once: a kill in between leaves no half of it under that
-    name.
-    """
+    """Delete a folder so that its name vanishes at once: a kill in between leaves no half of it there."""
     temporary = _temporary(folder)
     os.rename(folder, temporary)
     shutil.rmtree(temporary)

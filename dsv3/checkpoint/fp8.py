@@ -47,9 +47,7 @@ def scale_shape(shape: tuple[int, int], block: tuple[int, int] = BLOCK) -> tuple
 
 
 def dequantise(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int] = BLOCK) -> np.ndarray:
-    """value[i, j] = decoded[i, j] * scales[i // 128, j // 128] in float32. codes: [m, n] uint8 -> [m, n]
-    float32.
-    """
+    """decoded[i, j] * scales[i // 128, j // 128] in float32. codes: [m, n] uint8 -> [m, n] float32."""
     out = DECODED[codes]
     for i in range(scales.shape[0]):
         rows = out[i * block[0] : (i + 1) * block[0]]
@@ -68,9 +66,8 @@ def quantise(x: np.ndarray, block: tuple[int, int] = BLOCK) -> tuple[np.ndarray,
         at = np.s_[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
         part = x[at]
         scale = np.abs(part).max() / LARGEST
-        if (
-            scale > 0
-        ):  # an all-zero block, or one so small that its scale would be 0, keeps scale 1 and becomes zeros
+        # A block of zeros, or so small that its scale would underflow, keeps the scale 1 and becomes zeros.
+        if scale > 0:
             scales[i, j] = scale
         codes[at] = encode(part / scales[i, j])
     return codes, scales

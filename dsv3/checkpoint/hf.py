@@ -73,9 +73,7 @@ def from_hf(
 
 
 def _read_config(path: Path) -> tuple[Config, tuple[int, int]]:
-    """The config, freed of its quantization_config (params are never quantised), and the size of an FP8
-    block.
-    """
+    """The config without quantization_config (params are never quantised), and the size of an FP8 block."""
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: no such folder; expected one with config.json and safetensors files"
@@ -232,8 +230,7 @@ def _values(opened: Shards, t: Published, kind: str, block: tuple[int, int]) -> 
 def to_hf(
     params: Any, cfg: Config, path: str | Path, dtype: str = "bfloat16", max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Write params as a Hugging Face folder: config.json and safetensors under the published names; returns
-    its path.
+    """Write params as a Hugging Face folder of config.json and safetensors; returns its path.
 
     dtype: float32, bfloat16, float16, or float8_e4m3fn (128 x 128 blocks with scales amax/448, the rest
     bfloat16, as released). MTP's copies of the embedding and the head are written again. The folder is
@@ -303,9 +300,7 @@ def _arrays(
 
 
 def _ownership(path: Path) -> Any:
-    """Which files of an existing folder are replaced: the weights and the config. Raises ValueError for
-    foreign weights.
-    """
+    """What is replaced in an existing folder: weights and config. Raises ValueError for foreign weights."""
 
     def is_ours(file: Path) -> bool:
         name = file.name

@@ -1,6 +1,4 @@
-"""Leaves of params on their way to and from a file: types, bit-exact bytes, conversions, and the check of a
-tree.
-"""
+"""Leaves of params on their way to and from a file: types, exact bytes, conversions, checks of a tree."""
 
 from __future__ import annotations
 
@@ -45,9 +43,7 @@ def float_dtype(dtype: str) -> str:
 
 
 def dtype_of(leaf: Any, path: str = "leaf") -> str:
-    """The file type of a Tensor, NumPy array or NumPy scalar, such as "BF16". Raises ValueError for any
-    other.
-    """
+    """The file type, such as "BF16", of a Tensor, NumPy array or scalar. Raises ValueError for any other."""
     if isinstance(leaf, Tensor) and str(leaf.dtype) in _OF_TENSOR:
         return _OF_TENSOR[str(leaf.dtype)]
     if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype in _OF_ARRAY:
@@ -59,9 +55,7 @@ def dtype_of(leaf: Any, path: str = "leaf") -> str:
 
 
 def host(leaf: Any) -> np.ndarray:
-    """The values of a leaf on the host, C-contiguous; bfloat16 as uint16 bits. A view where MindSpore allows
-    one.
-    """
+    """Values of a leaf on the host, in C order; bfloat16 as uint16 bits. A view where possible."""
     if not isinstance(leaf, Tensor):
         return np.asarray(leaf, order="C")
     if leaf.dtype == ms.bfloat16:  # asnumpy refuses bfloat16 under NumPy 2, and a cast to float32 alters NaNs
@@ -95,8 +89,7 @@ def bf16_values(bits: np.ndarray) -> np.ndarray:
 
 
 def convert(array: np.ndarray, source: str, target: str, path: str) -> np.ndarray:
-    """Values of one of F32, BF16, F16 as another, rounded to nearest even. ``path`` names the tensor in
-    errors.
+    """Values of F32, BF16 or F16 as another of them, rounded to nearest even. ``path`` is for errors.
 
     Raises ValueError for any other type, and when a finite value does not fit into float16.
     """

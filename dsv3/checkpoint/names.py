@@ -71,9 +71,7 @@ class Published:
 
 
 def published(cfg: Config) -> tuple[Published, ...]:
-    """Every tensor of the published layout of ``cfg`` (scales aside), leaf after leaf, in the order of our
-    params.
-    """
+    """Every tensor of the published layout of ``cfg``, scales aside, in the order of our params."""
     out: list[Published] = []
     specs = dict(paths(param_specs(cfg), is_spec))
     for path, spec in specs.items():

@@ -30,8 +30,7 @@ INDEX = "model.safetensors.index.json"
 def save(
     path: str | Path, params: Any, *, cfg: Config, dtype: str | None = None, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Write params and config as a checkpoint folder; returns its path. An older checkpoint there is
-    replaced.
+    """Write params and config as a checkpoint folder, replacing an older one there; returns its path.
 
     dtype: "float32", "bfloat16" or "float16", default as the params are; the router bias stays float32. The
     folder is complete on the disk before it takes its name: if writing fails, or the process is killed, what
@@ -48,12 +47,11 @@ def save(
 
 
 def load(path: str | Path, dtype: str | None = None, *, verify: bool = True) -> tuple[Any, Config]:
-    """(params, cfg) of a folder written by ``save``. dtype: as stored, or convert to one of float32,
-    bfloat16, float16.
+    """(params, cfg) of a folder written by ``save``.
 
-    Every file is compared with the manifest first; verify=False compares sizes only. Raises
-    FileNotFoundError, or ValueError naming the file or tensor that is truncated, damaged, foreign, missing,
-    unexpected or of a wrong shape.
+    dtype: None as stored, or one of float32, bfloat16, float16 to convert to. Every file is compared with the
+    manifest first; verify=False compares sizes only. Raises FileNotFoundError, or ValueError naming the file
+    or tensor that is truncated, damaged, foreign, missing, unexpected or of a wrong shape.
     """
     path = Path(path)
     cfg = read_config(path)
@@ -63,9 +61,7 @@ def load(path: str | Path, dtype: str | None = None, *, verify: bool = True) -> 
 
 
 def ownership(path: Path) -> Any:
-    """Which files of an existing folder a new checkpoint there replaces. Raises ValueError if it is not one
-    of ours.
-    """
+    """What a new checkpoint replaces in an existing folder. Raises ValueError if that is not one of ours."""
     if not path.is_dir() or not any(path.iterdir()):
         return lambda file: True
     if not (path / MANIFEST).is_file():
@@ -99,9 +95,7 @@ def write_model(
 
 
 def read_config(path: Path) -> Config:
-    """The config of one of our folders. Raises ValueError with the remedy for any other folder or a newer
-    version.
-    """
+    """The config of one of our folders. Raises ValueError with the remedy for any other or a newer one."""
     if not path.is_dir():
         waiting = folder.aside(path)
         hint = f"; an interrupted save left the previous one whole in {waiting}" if waiting.exists() else ""

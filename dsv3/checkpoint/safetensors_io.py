@@ -1,5 +1,4 @@
-"""The safetensors format, read and written exactly: 8 bytes of header length, a JSON header, the tensors end
-to end.
+"""The safetensors format: 8 bytes of header length, a JSON header, the tensors end to end.
 
 Reading maps the file and returns views; every claim of the header is checked before a byte is believed.
 Values travel as NumPy arrays; the types NumPy lacks travel as bit patterns: BF16 as uint16, F8_E4M3 and
@@ -44,9 +43,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a file: its name, type, shape and its bytes [start, end) counted from the end of the
-    header.
-    """
+    """One tensor of a file: name, type, shape, and its bytes [start, end) counted from the header's end."""
 
     name: str
     dtype: str
@@ -80,9 +77,7 @@ def _count(shape: Iterable[int]) -> int:
 
 # -- reading ---------------------------------------------------------------------------------------------
 def open_file(path: str | Path) -> File:
-    """Map a file and check its header. Raises FileNotFoundError, or ValueError naming file, tensor, expected
-    and found.
-    """
+    """Map a file and check its header. Raises FileNotFoundError, or ValueError naming file and tensor."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -106,9 +101,7 @@ def open_file(path: str | Path) -> File:
 
 
 def read(file: File, name: str) -> np.ndarray:
-    """One tensor as a read-only view of the mapped file (bit patterns for BF16 and FP8). Raises ValueError if
-    absent.
-    """
+    """One tensor as a read-only view of the mapped file. Raises ValueError if it is not there."""
     if name not in file.slots:
         raise ValueError(f"{file.path}: no tensor {name!r} in this file")
     slot = file.slots[name]

@@ -92,9 +92,7 @@ def save_training(
 
 
 def latest_training(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None. One that does not match its manifest is skipped with
-    a warning.
-    """
+    """The newest complete checkpoint of a run, or None. One unlike its manifest is skipped with a warning."""
     for path in sorted(_steps(Path(run_dir) / "checkpoints"), reverse=True):
         try:
             _check(path)
@@ -152,9 +150,7 @@ def _has_right_sizes(path: Path) -> bool:
 
 
 def _keep_newest(home: Path, newest: str, keep: int) -> None:
-    """Delete all but ``keep``: the one just written stays whatever its number, then whole ones, then the
-    newest.
-    """
+    """Delete all but ``keep``: the one just written, then whole ones before damaged, the newest first."""
     ranked = sorted(_steps(home), key=lambda p: (p.name == newest, _has_right_sizes(p), p.name), reverse=True)
     for path in ranked[keep:]:
         remove_folder(path)
@@ -167,9 +163,7 @@ def _on_host(tensors: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _outline(tree: Any, name: str, tensors: dict[str, Any]) -> Any:
-    """The containers of a tree as JSON, its arrays put into ``tensors`` by name. Paths may hold dots in their
-    keys.
-    """
+    """The containers of a tree as JSON; its arrays go into ``tensors`` by name. Keys may hold dots."""
     dot = name + "." if name else ""
     if isinstance(tree, dict):
         for key in tree:
@@ -203,9 +197,7 @@ def _rebuild(outline: Any, name: str, opened: shards.Shards, used: list[str]) ->
 
 
 def _plain(value: Any, where: str) -> Any:
-    """JSON's own types, NumPy scalars and tuples made plain. Raises ValueError for what would not come back
-    the same.
-    """
+    """JSON's types, NumPy scalars and tuples made plain. Raises ValueError for what would change."""
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):

@@ -22,7 +22,7 @@ from typing import BinaryIO
 JSONL = (".jsonl", ".json", ".ndjson")
 TEXT = (".txt", ".text", ".md", ".rst", ".py")
 KNOWN = (*JSONL, *TEXT, ".parquet", ".tokens", *(f"{name}{end}" for name in JSONL for end in (".gz", ".zst")))
-HEADING = re.compile(rb"^ = (?!=)[^\n]*(?<!=) = *$")  # " = Title = ", not " = = Section = = "
+HEADING = re.compile(rb"^ = (?!=).* = *$")  # " = Title = ", not " = = Section = = "
 
 
 @dataclass(frozen=True)

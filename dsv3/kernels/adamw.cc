@@ -1,5 +1,6 @@
-// The sum of squares of a list of tensors, and AdamW on lists of tensors in place: one call for a whole model.
-// Both cut each tensor into pieces by its size alone, so that a result does not depend on the number of threads.
+// The sum of squares of a list of tensors, and AdamW on lists of tensors in place: one call for a whole
+// model. Both cut each tensor into pieces by its size alone, so that a result does not depend on the number
+// of threads.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -62,7 +63,8 @@ std::vector<Piece> pieces(int leaves, const int* ndims, int64_t* const* shapes) 
   std::vector<Piece> found;
   for (int leaf = 0; leaf < leaves; ++leaf) {
     const int64_t n = count(ndims[leaf], shapes[leaf]);
-    for (int64_t start = 0; start < n; start += kPiece) found.push_back({leaf, start, std::min(kPiece, n - start)});
+    for (int64_t start = 0; start < n; start += kPiece)
+      found.push_back({leaf, start, std::min(kPiece, n - start)});
   }
   return found;
 }
@@ -94,7 +96,8 @@ extern "C" {
 int global_norm_sq(int n, void** data, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   const int leaves = n - 1;
   for (int leaf = 0; leaf < leaves; ++leaf)
-    if (!is_float32(dtypes[leaf]) && !is_bfloat16(dtypes[leaf])) return unsupported("gradient", leaf, dtypes[leaf]);
+    if (!is_float32(dtypes[leaf]) && !is_bfloat16(dtypes[leaf]))
+      return unsupported("gradient", leaf, dtypes[leaf]);
   const std::vector<Piece> work = pieces(leaves, ndims, shapes);
   std::vector<double> partial(work.size());
   parallel_for(work.size(), [&](int64_t task) {
@@ -117,13 +120,14 @@ int global_norm_sq(int n, void** data, int* ndims, int64_t** shapes, const char*
   return 0;
 }
 
-// scalars [8], decay [leaves] int32, then `leaves` tensors each of params, grads, m and v, then a float32 master for
-// each bfloat16 param, in order -> [1] float32, the learning rate. Params, m, v and masters are written in place.
+// scalars [8], decay [leaves] int32, then `leaves` tensors each of params, grads, m and v, then a float32
+// master for each bfloat16 param, in order -> [1] float32, the learning rate. Params, m, v and masters are
+// written in place.
 int adamw_update(int n, void** data, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   const float* s = static_cast<float*>(data[0]);
   const int32_t* decay = static_cast<int32_t*>(data[1]);
-  const int leaves = static_cast<int>(shapes[1][0]), params = 2, grads = params + leaves, first = grads + leaves,
-            second = first + leaves, inputs = n - 1;
+  const int leaves = static_cast<int>(shapes[1][0]), inputs = n - 1;
+  const int params = 2, grads = params + leaves, first = grads + leaves, second = first + leaves;
   std::vector<int> master(leaves, -1);
   int next = second + leaves;
   for (int leaf = 0; leaf < leaves; ++leaf) {
@@ -150,8 +154,8 @@ int adamw_update(int n, void** data, int* ndims, int64_t** shapes, const char** 
     const auto [leaf, start, size] = work[task];
     const int owner = master[leaf] < 0 ? params + leaf : master[leaf];
     auto values = [&](int i) { return Values{data[i], is_bfloat16(dtypes[i])}; };
-    const Values p = values(owner), g = values(grads + leaf), m = values(first + leaf), v = values(second + leaf);
-    const Values rounded = values(params + leaf);
+    const Values p = values(owner), g = values(grads + leaf), rounded = values(params + leaf);
+    const Values m = values(first + leaf), v = values(second + leaf);
     float buffer[3][kBlock];
     for (int64_t at = start; at < start + size; at += kBlock) {
       const int64_t k = std::min(kBlock, start + size - at);

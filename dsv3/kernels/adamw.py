@@ -1,7 +1,8 @@
-"""AdamW on flat tuples of tensors, in place, and the norm of their gradients: each one operator for a whole model.
+"""AdamW on flat tuples of tensors, in place, and the norm of their gradients: each one operator for a whole
+model.
 
-Two implementations: C++ on the CPU (``adamw.cc``) and a composition of MindSpore operators, which is the reference
-and what every other device compiles. To be called in compiled graphs (``ms.jit``).
+Two implementations: C++ on the CPU (``adamw.cc``) and a composition of MindSpore operators, which is the
+reference and what every other device compiles. To be called in compiled graphs (``ms.jit``).
 """
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from mindspore.ops.primitive import constexpr
 
 from dsv3.kernels import native
 
-
 _map = ops.Map()  # a loop or comprehension over leaves nests one graph call a leaf, and MindSpore allows 1000
 
 
 def global_norm_sq(*grads: Tensor) -> Tensor:
     """The sum of the squares of all elements of all tensors: 0-D float32.
 
-    The native kernel accumulates in float64 and in an order fixed by the shapes, the same for any number of threads.
+    The native kernel accumulates in float64 and in an order fixed by the shapes, the same for any number of
+    threads.
 
     Args:
         grads: float32 or bfloat16 tensors of any shapes.
@@ -39,31 +40,36 @@ def adamw_update(scalars: Tensor, params: tuple, grads: tuple, m: tuple, v: tupl
                  masters: tuple = ()) -> Tensor:
     """One step of AdamW on every leaf; ``params``, ``m``, ``v`` and ``masters`` change in place.
 
-    Loshchilov and Hutter, 2019, algorithm 2, in the order of ``torch.optim.AdamW``, for every leaf with g = grad *
-    grad_scale: p *= 1 - lr * weight_decay (where ``decay``); m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2;
-    p -= lr / correction1 * m / (sqrt(v) / sqrt(correction2) + eps).
+    Loshchilov and Hutter, 2019, algorithm 2, in the order of ``torch.optim.AdamW``. For every leaf, with
+    g = grad * grad_scale::
 
-    Two duties of the caller. Return the result from the graph, or make something that is returned depend on it:
-    otherwise the update is pruned. And make ``scalars`` depend on every gradient (grad_scale from ``global_norm_sq``
-    of all of them does; so does ``ops.depend``): only this keeps a parameter from being overwritten while a gradient
-    still needs its old value. For the same reason read no parameter beside the update in the same graph.
+        p *= 1 - lr * weight_decay          where decay
+        m += (1 - beta1) * (g - m)
+        v = beta2 * v + (1 - beta2) * g**2
+        p -= lr / correction1 * m / (sqrt(v) / sqrt(correction2) + eps)
+
+    Two duties of the caller. Return the result from the graph, or make something that is returned depend on
+    it: otherwise the update is pruned. And make ``scalars`` depend on every gradient (grad_scale from
+    ``global_norm_sq`` of all of them does; so does ``ops.depend``): only this keeps a parameter from being
+    overwritten while a gradient still needs its old value. For the same reason read no parameter beside the
+    update in the same graph.
 
     Args:
-        scalars: [8] float32: lr, beta1, beta2, eps, weight_decay, correction1 = 1 - beta1**step,
-            correction2 = 1 - beta2**step, grad_scale. Take the corrections from the float32 values of the betas, so
-            that their rounding cancels.
-        params, grads, m, v: one tensor a leaf, of one shape, float32 or bfloat16 each. Moments in bfloat16 are
-            widened to float32, updated, and rounded to nearest, ties to even.
+        scalars: [8] float32: lr, beta1, beta2, eps, weight_decay, correction1 = 1 - beta1**step, correction2
+            = 1 - beta2**step, grad_scale. Take the corrections from the float32 values of the betas, so that
+            their rounding cancels.
+        params, grads, m, v: one tensor a leaf, of one shape, float32 or bfloat16 each. Moments in bfloat16
+            are widened to float32, updated, and rounded to nearest, ties to even.
         decay: one Python bool a leaf: whether weight decay applies.
-        masters: one float32 tensor for each bfloat16 param, in order. The update happens there and the param is the
-            master rounded to nearest, ties to even.
+        masters: one float32 tensor for each bfloat16 param, in order. The update happens there and the param
+            is the master rounded to nearest, ties to even.
 
     Returns:
         [1] float32: the learning rate.
 
     Raises:
-        ValueError: tuples of different lengths, shapes or dtypes that do not fit, a bfloat16 param without master,
-            and, in the reference on the CPU, a bfloat16 leaf, to which MindSpore cannot assign there.
+        ValueError: tuples of different lengths, shapes or dtypes that do not fit, a bfloat16 param without
+            master, and, in the reference on the CPU, a bfloat16 leaf, to which MindSpore cannot assign there.
     """
     if native.enabled():
         flags, _ = _plan(scalars, params, grads, m, v, decay, masters)
@@ -73,10 +79,11 @@ def adamw_update(scalars: Tensor, params: tuple, grads: tuple, m: tuple, v: tupl
 
 def global_norm_sq_reference(*grads: Tensor) -> Tensor:
     """``global_norm_sq`` composed of MindSpore operators: any device, in float32."""
-    total = ops.square(grads[0].astype(ms.float32)).sum()
-    for grad in grads[1:]:
-        total = total + ops.square(grad.astype(ms.float32)).sum()
-    return total
+    return ops.stack(_map(_sum_of_squares, grads)).sum()
+
+
+def _sum_of_squares(x):
+    return ops.square(x.astype(ms.float32)).sum()
 
 
 def adamw_update_reference(scalars: Tensor, params: tuple, grads: tuple, m: tuple, v: tuple, decay: tuple,
@@ -85,19 +92,22 @@ def adamw_update_reference(scalars: Tensor, params: tuple, grads: tuple, m: tupl
     _check_assignable(_map(_dtype, params + m + v))
     _, places = _plan(scalars, params, grads, m, v, decay, masters)
     owners = _map(ops.partial(_take, params + masters), places)
-    done = _map(ops.partial(_update_leaf, scalars), params, grads, m, v, decay, owners)
+    constants = (scalars[0] * scalars[4], 1 - scalars[1], scalars[2], 1 - scalars[2], scalars[0] / scalars[5],
+                 ops.sqrt(scalars[6]), scalars[3], scalars[7])
+    done = _map(ops.partial(_update_leaf, constants), params, grads, m, v, decay, owners)
     return ops.depend(scalars[0:1], done)
 
 
-def _update_leaf(scalars, param, grad, m, v, decay, owner):
-    lr, beta1, beta2, eps, weight_decay = scalars[0], scalars[1], scalars[2], scalars[3], scalars[4]
-    grad = grad.astype(ms.float32) * scalars[7]
+def _update_leaf(constants, param, grad, m, v, decay, owner):
+    lr_decay, rest1, beta2, rest2, step, sqrt_correction2, eps, grad_scale = constants
+    grad = grad.astype(ms.float32) * grad_scale
     first, second = m.astype(ms.float32), v.astype(ms.float32)
-    first = first + (1 - beta1) * (grad - first)
-    second = beta2 * second + (1 - beta2) * ops.square(grad)
-    kept = owner * (1 - lr * weight_decay) if decay else owner
-    new = kept - lr / scalars[5] * first / (ops.sqrt(second) / ops.sqrt(scalars[6]) + eps)
-    done = (ops.assign(m, first.astype(m.dtype)), ops.assign(v, second.astype(v.dtype)), ops.assign(owner, new))
+    first = first + rest1 * (grad - first)
+    second = beta2 * second + rest2 * ops.square(grad)
+    kept = owner * (1 - lr_decay) if decay else owner
+    new = kept - step * first / (ops.sqrt(second) / sqrt_correction2 + eps)
+    done = (ops.assign(m, first.astype(m.dtype)), ops.assign(v, second.astype(v.dtype)),
+            ops.assign(owner, new))
     if param.dtype != ms.float32:
         done = done + (ops.assign(param, new.astype(param.dtype)),)
     return done
@@ -116,14 +126,16 @@ def _take(leaves, i):
 
 
 def _plan(scalars, params, grads, m, v, decay, masters):
-    """Checks all that adamw_update promises; returns the flags of the native kernel, and for each leaf the place in
-    params + masters of the tensor that holds its float32 value.
+    """Checks all that adamw_update promises; returns the flags of the native kernel, and for each leaf the
+    place in params + masters of the tensor that holds its float32 value.
 
-    One constexpr sees all leaves at once, since a condition for each would take long to compile; its results are
-    used, since MindSpore drops a constexpr, errors and all, whose result is not.
+    One constexpr sees all leaves at once, since a condition for each would take long to compile; its results
+    are used, since MindSpore drops a constexpr, errors and all, whose result is not.
     """
-    dtypes = (_map(_dtype, params), _map(_dtype, grads), _map(_dtype, m), _map(_dtype, v), _map(_dtype, masters))
-    shapes = (_map(_shape, params), _map(_shape, grads), _map(_shape, m), _map(_shape, v), _map(_shape, masters))
+    dtypes = (_map(_dtype, params), _map(_dtype, grads), _map(_dtype, m), _map(_dtype, v),
+              _map(_dtype, masters))
+    shapes = (_map(_shape, params), _map(_shape, grads), _map(_shape, m), _map(_shape, v),
+              _map(_shape, masters))
     return _plan_of(scalars.shape, scalars.dtype, dtypes, shapes, decay)
 
 
@@ -134,20 +146,21 @@ def _plan_of(scalars_shape, scalars_dtype, dtypes, shapes, decay):
                          f"correction1, correction2, grad_scale), found {scalars_shape} {scalars_dtype}")
     lengths = [*map(len, dtypes[:4]), len(decay)]
     if len(set(lengths)) != 1 or not decay:
-        raise ValueError(f"adamw_update: expected params, grads, m, v and decay of one length, found {lengths}")
+        raise ValueError("adamw_update: expected params, grads, m, v and decay of one length, found "
+                         f"{lengths}")
     for dtype in sum(map(tuple, dtypes[:4]), ()):
         _check_dtype("adamw_update", dtype)
     wide, masters = [dtype == ms.float32 for dtype in dtypes[0]], dtypes[4]
     if wide.count(False) != len(masters) or any(dtype != ms.float32 for dtype in masters):
-        raise ValueError(f"adamw_update: {wide.count(False)} params are bfloat16 and need as many float32 masters, in "
-                         f"order; found {len(masters)} of {[str(dtype) for dtype in masters]}")
+        raise ValueError(f"adamw_update: {wide.count(False)} params are bfloat16 and need as many float32 "
+                         f"masters, in order; found {len(masters)} of {[str(dtype) for dtype in masters]}")
     next_master = iter(range(len(wide), len(wide) + len(masters)))
     places = tuple(i if is_wide else next(next_master) for i, is_wide in enumerate(wide))
     for i, place in enumerate(places):
         found = [tuple(leaves[i]) for leaves in shapes[:4]] + [tuple((*shapes[0], *shapes[4])[place])]
         if len(set(found)) != 1:
-            raise ValueError(f"adamw_update: expected one shape of param, grad, m, v and master of leaf {i}, found "
-                             f"{found}")
+            raise ValueError(f"adamw_update: expected one shape of param, grad, m, v and master of leaf {i}, "
+                             f"found {found}")
     return Tensor(np.array(decay, np.int32)), places
 
 
@@ -170,8 +183,8 @@ def _count_leaves(dtypes):
 
 def _check_assignable(dtypes):
     if _is_cpu() and _has_bfloat16(dtypes):
-        raise ValueError("adamw_update: MindSpore's CPU backend cannot assign to bfloat16 leaves; use the native "
-                         "kernel (a C++ compiler, DSV3_KERNELS=auto) or float32 params and moments")
+        raise ValueError("adamw_update: MindSpore's CPU backend cannot assign to bfloat16 leaves; use the "
+                         "native kernel (a C++ compiler, DSV3_KERNELS=auto) or float32 params and moments")
 
 
 @constexpr

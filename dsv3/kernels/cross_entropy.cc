@@ -1,7 +1,7 @@
-// Cross entropy of float32 logits, alone and fused with the matmul that makes them, forward and backward.
-// The forward keeps two numbers a token, m = max logit and s = ln sum exp(logit - m): their sum, the log-sum-exp, would
-// lose the digits of s beside a large m. The backward is exp(logit - m - s). A label below 0 is ignored.
-// All tiles are cut by the shapes alone, so that a result does not depend on the number of threads.
+// Cross entropy of float32 logits, alone and fused with the matmul that makes them, forward and backward. The
+// forward keeps two numbers a token, m = max logit and s = ln sum exp(logit - m): their sum, the log-sum-exp,
+// would lose the digits of s beside a large m. The backward is exp(logit - m - s). A label below 0 is
+// ignored. All tiles are cut by the shapes alone, so that a result does not depend on the number of threads.
 #include <cfloat>
 #include <cmath>
 #include <memory>
@@ -16,8 +16,9 @@ constexpr int kLanes = 16;
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// exp(x) for x <= 0 (or above it by a rounding) with a relative error below 3e-7; 0 below the smallest normal number;
-// NaN for NaN. No branches, so that the compiler vectorises it. 1.5 * 2^23 leaves the integer k of 2^k in the low bits.
+// exp(x) for x <= 0 (or above it by a rounding) with a relative error below 3e-7; 0 below the smallest normal
+// number; NaN for NaN. No branches, so that the compiler vectorises it. 1.5 * 2^23 leaves the integer k of
+// 2^k in the low bits.
 inline float exp_nonpositive(float x) {
   constexpr float magic = 12582912.0f, low = -87.33654f;
   const float clamped = x < low ? low : x;
@@ -34,7 +35,8 @@ inline float exp_nonpositive(float x) {
   return x < low ? 0.0f : p * scale;
 }
 
-// max and sum of exp(x - max) of the logits seen so far. A NaN or +inf logit makes the sum NaN, -inf counts as absent.
+// max and sum of exp(x - max) of the logits seen so far. A NaN or +inf logit makes the sum NaN, -inf counts
+// as absent.
 struct Softmax {
   float max = -FLT_MAX;
   double sum = 0;
@@ -66,7 +68,8 @@ struct Softmax {
 };
 
 // out[j] = (softmax(x)[first + j] - (first + j == label)) * scale, for the n logits from `first` on.
-void gradient(const float* x, int64_t n, int64_t first, int32_t label, const float* stats, float scale, float* out) {
+void gradient(const float* x, int64_t n, int64_t first, int32_t label, const float* stats, float scale,
+              float* out) {
   const float m = stats[0], s = stats[1];
   for (int64_t j = 0; j < n; ++j) out[j] = exp_nonpositive((x[j] - m) - s) * scale;
   if (label >= first && label < first + n) out[label - first] -= scale;
@@ -90,7 +93,8 @@ constexpr int64_t kRows = 256, kChunk = 512, kTile = 1024, kPad = 16;
 
 extern "C" {
 
-// logits [tokens, W], labels [tokens] int32 -> loss [tokens], stats [tokens, 2] (max, ln sum exp(logit - max))
+// logits [tokens, W], labels [tokens] int32 -> loss [tokens], stats [tokens, 2] (max,
+// ln sum exp(logit - max))
 int cross_entropy(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const float* logits = static_cast<float*>(data[0]);
   const int32_t* labels = static_cast<int32_t*>(data[1]);
@@ -158,9 +162,9 @@ int linear_cross_entropy(int, void** data, int*, int64_t** shapes, const char**,
   return 0;
 }
 
-// h, w, labels, stats, dloss [tokens] -> dh [tokens, D], dw [D, W]. For each chunk of tokens: threads take tiles of the
-// vocabulary, make the tile's gradient of the logits and add to the tile's columns of dw, which nobody else writes;
-// then threads take blocks of dh.
+// h, w, labels, stats, dloss [tokens] -> dh [tokens, D], dw [D, W]. For each chunk of tokens: threads take
+// tiles of the vocabulary, make the tile's gradient of the logits and add to the tile's columns of dw, which
+// nobody else writes; then threads take blocks of dh.
 int linear_cross_entropy_grad(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const float *h = static_cast<float*>(data[0]), *w = static_cast<float*>(data[1]);
   const int32_t* labels = static_cast<int32_t*>(data[2]);
@@ -180,15 +184,15 @@ int linear_cross_entropy_grad(int, void** data, int*, int64_t** shapes, const ch
         if (labels[t] < 0) std::fill(out, out + n, 0.0f);
         else gradient(out, n, first, labels[t], stats + 2 * t, dloss[t], out);
       }
-      dsv3::sgemm('T', 'N', D, n, rows, 1.0f, h + start * D, D, dlogits.get() + first, stride, start ? 1.0f : 0.0f,
-                  dw + first, W);
+      dsv3::sgemm('T', 'N', D, n, rows, 1.0f, h + start * D, D, dlogits.get() + first, stride,
+                  start ? 1.0f : 0.0f, dw + first, W);
     });
     constexpr int64_t step = 256;
     const int64_t columns = blocks(D, step);
     parallel_for(blocks(rows, step) * columns, [&](int64_t task) {
       const int64_t r = task / columns * step, d = task % columns * step;
-      dsv3::sgemm('N', 'T', std::min(step, rows - r), std::min(step, D - d), W, 1.0f, dlogits.get() + r * stride,
-                  stride, w + d * W, W, 0.0f, dh + (start + r) * D + d, D);
+      dsv3::sgemm('N', 'T', std::min(step, rows - r), std::min(step, D - d), W, 1.0f,
+                  dlogits.get() + r * stride, stride, w + d * W, W, 0.0f, dh + (start + r) * D + d, D);
     });
   }
   return 0;

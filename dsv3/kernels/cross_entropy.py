@@ -1,7 +1,7 @@
 """Cross entropy of logits, and of the product that makes them without keeping them.
 
-Each function has two implementations: C++ on the CPU (``cross_entropy.cc``) and a composition of MindSpore operators,
-which is the reference and what every other device compiles. Both compute in float32.
+Each function has two implementations: C++ on the CPU (``cross_entropy.cc``) and a composition of MindSpore
+operators, which is the reference and what every other device compiles. Both compute in float32.
 """
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         [tokens] float32, 0 where the label is ignored; the gradient to ``logits`` is 0 there too.
 
     Raises:
-        ValueError: shapes or the dtype of labels do not fit. RuntimeError, on the CPU's native kernel: a label is
-            not below W.
+        ValueError: shapes or the dtype of labels do not fit. RuntimeError, on the CPU's native kernel: a
+            label is not below W.
     """
     _check("cross_entropy", logits.shape, labels.shape)
     _check_labels("cross_entropy", labels.dtype)
@@ -40,7 +40,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def linear_cross_entropy(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     """``cross_entropy(h @ w, labels)`` that never holds the logits of all tokens.
 
-    The native forward keeps two numbers a token, and the backward makes the logits again, a chunk of 512 tokens at a
+    The native forward keeps two numbers a token, and the backward makes the logits again, a chunk of 512
+    tokens at a
     time: 8 instead of 6 operations per token, hidden channel and vocabulary entry, for 512 instead of twice
     ``tokens`` rows of W float32.
 
@@ -53,8 +54,8 @@ def linear_cross_entropy(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
         [tokens] float32, 0 where the label is ignored; gradients flow to ``h`` and ``w``.
 
     Raises:
-        ValueError: shapes or the dtype of labels do not fit. RuntimeError, on the CPU's native kernel: a label is
-            not below W.
+        ValueError: shapes or the dtype of labels do not fit. RuntimeError, on the CPU's native kernel: a
+            label is not below W.
     """
     _check_product(h.shape, w.shape)
     _check("linear_cross_entropy", h.shape, labels.shape)
@@ -77,14 +78,14 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def linear_cross_entropy_reference(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
-    """``linear_cross_entropy`` composed of MindSpore operators, with all the logits: any device, any float dtype."""
+    """``linear_cross_entropy`` composed of MindSpore operators, with all the logits: any device and dtype."""
     return cross_entropy_reference(ops.matmul(h.astype(ms.float32), w.astype(ms.float32)), labels)
 
 
 def _check(name, x, labels):
     if len(x) != 2 or labels != x[:1]:
-        raise ValueError(f"{name}: expected [tokens, ...] of two dimensions and labels [tokens], found {x} and "
-                         f"{labels}; flatten batch and sequence first")
+        raise ValueError(f"{name}: expected [tokens, ...] of two dimensions and labels [tokens], found {x} "
+                         f"and {labels}; flatten batch and sequence first")
 
 
 def _check_product(h, w):
@@ -105,12 +106,15 @@ def _ops():
     def linear_shape(h, w, labels):
         return labels, (h[0], 2)
 
+    def gradient(h, w, *rest):
+        return h, w
+
     op = functools.partial(native.native_op, "cross_entropy")
     return {
         "forward": op("cross_entropy", forward_shape, lambda logits, labels: (logits, logits)),
         "backward": op("cross_entropy_grad", lambda logits, *rest: logits, lambda logits, *rest: logits),
         "linear_forward": op("linear_cross_entropy", linear_shape, lambda h, w, labels: (h, h)),
-        "linear_backward": op("linear_cross_entropy_grad", lambda h, w, *rest: (h, w), lambda h, w, *rest: (h, w)),
+        "linear_backward": op("linear_cross_entropy_grad", gradient, gradient),
     }
 
 

@@ -1,6 +1,6 @@
-// RMSNorm (alone and with the residual addition before it) and SwiGLU, forward and backward, float32.
-// A sum across rows is taken over chunks cut by the shape alone and then in the order of the chunks, so that a result
-// depends neither on the number of threads nor on their timing.
+// RMSNorm (alone and with the residual addition before it) and SwiGLU, forward and backward, float32. A sum
+// across rows is taken over chunks cut by the shape alone and then in the order of the chunks, so that a
+// result depends neither on the number of threads nor on their timing.
 #include <cmath>
 #include <memory>
 
@@ -62,7 +62,8 @@ void forward(int64_t rows, int64_t D, const float* x, const float* residual, con
 // dw_j = sum over rows of dy_j x_j r. dtotal, when not null, is added to dx.
 void backward(int64_t rows, int64_t D, const float* x, const float* weight, float eps, const float* dtotal,
               const float* dy, float* dx, float* dweight) {
-  const int64_t step = std::min<int64_t>(256, std::max<int64_t>(16, 2 * kGrain / D)), chunks = blocks(rows, step);
+  const int64_t step = std::min<int64_t>(256, std::max<int64_t>(16, 2 * kGrain / D));
+  const int64_t chunks = blocks(rows, step);
   std::unique_ptr<float[]> partial(new float[chunks * D]);
   parallel_for(chunks, [&](int64_t chunk) {
     float* __restrict dw = partial.get() + chunk * D;
@@ -92,8 +93,9 @@ void backward(int64_t rows, int64_t D, const float* x, const float* weight, floa
   });
 }
 
-// exp(x) for x <= 0 with a relative error below 3e-7; 0 below the smallest normal number; NaN for NaN. No branches,
-// so that the compiler vectorises it. 2^k r-polynomial: adding 1.5 * 2^23 leaves the integer k in the low bits.
+// exp(x) for x <= 0 with a relative error below 3e-7; 0 below the smallest normal number; NaN for NaN. No
+// branches, so that the compiler vectorises it. 2^k r-polynomial: adding 1.5 * 2^23 leaves the integer k in
+// the low bits.
 inline float exp_nonpositive(float x) {
   constexpr float magic = 12582912.0f, low = -87.33654f;
   const float clamped = x < low ? low : x;

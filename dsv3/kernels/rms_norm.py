@@ -1,7 +1,7 @@
 """RMSNorm, alone and fused with the residual addition before it.
 
-Each function has two implementations: C++ on the CPU (``elementwise.cc``) and a composition of MindSpore operators,
-which is the reference and what every other device compiles. Both compute in float32.
+Each function has two implementations: C++ on the CPU (``elementwise.cc``) and a composition of MindSpore
+operators, which is the reference and what every other device compiles. Both compute in float32.
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """SwiGLU's element-wise half: the gate's SiLU times the other projection.
 
-Two implementations: C++ on the CPU (``elementwise.cc``) and a composition of MindSpore operators, which is the
-reference and what every other device compiles. Both compute in float32.
+Two implementations: C++ on the CPU (``elementwise.cc``) and a composition of MindSpore operators, which is
+the reference and what every other device compiles. Both compute in float32.
 """
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         gate, up: of one shape and one float dtype.
 
     Returns:
-        That shape and dtype; gradients flow to both. The backward recomputes the sigmoid and keeps only the arguments.
+        That shape and dtype; gradients flow to both. The backward recomputes the sigmoid and keeps only the
+        arguments.
 
     Raises:
         ValueError: shapes or dtypes differ.
