@@ -1,7 +1,14 @@
 """The safetensors reader and writer against the safetensors package; bits of bfloat16 and FP8 against plain
 arithmetic.
 
-Planted faults this file was seen to catch: PLANTED_FORMAT
+Planted faults this file was seen to catch. Files: memory order kept instead of C order; the header not
+padded; gaps, overlaps or bytes after the last tensor accepted; a name twice in the header; the span not
+compared with the shape; a tensor written twice; tensors ordered by name alone; a copy instead of a view.
+bfloat16: truncated; ties away from zero; NaN rounded like a number; written or read through float32; a Tensor
+sharing the array's memory. Conversions: float16 overflow accepted; a chunk one short. FP8: ties up;
+subnormals flushed; the sign lost; 0x7f decoded as 480; scale amax/240; a partial block dropped; scale 0 for a
+block of zeros. Shards: files outside the folder or tensors outside the index accepted; a shard one tensor too
+large.
 """
 
 import json

@@ -1,7 +1,12 @@
 """Hugging Face checkpoints: names and shapes of the released model, byte identity both ways, FP8, and
 refusals.
 
-Planted faults this file was seen to catch: PLANTED_HF
+Planted faults this file was seen to catch. Names: not transposed; the embedding transposed; gate misnamed; q
+and kv norms swapped; MTP index off by one; MTP norm misnamed; no copies for MTP; experts in reverse. Reading:
+copies not compared; the router bias in the weights' type; quantization_config kept; stray tensors ignored;
+shapes not compared; MTP dropped without a word; a mixture kept as its first type; the layers asked for
+ignored. Writing: the router bias in the weights' type, or narrowed and widened; old shards left. FP8: block
+size ignored; scales not looked at; scales transposed; scales of 1; the product rounded to bfloat16.
 """
 
 import hashlib

@@ -1,6 +1,12 @@
 """Our own checkpoints: round trips, what is refused, and that a folder is there whole or not at all.
 
-Planted faults this file was seen to catch: PLANTED_OWN
+Planted faults this file was seen to catch. Folders: the old one deleted before the rename; two renames where
+a swap is possible; the old one not put back after a failed rename; the temporary one left after an error;
+files or the parent not synced; other files dropped; a folder inside, or a folder that is no checkpoint,
+replaced; leftovers not removed, or those of other targets removed. Manifest: checksums, sizes or its own
+checksum not compared. Tensors: the router bias converted while saving or loading; names or shapes not
+compared; params not compared with the config; all leaves on the host at once. Config: the marker left in it;
+the version not compared.
 """
 
 import json

@@ -129,8 +129,8 @@ def _plan(scalars, params, grads, m, v, decay, masters):
     """Checks all that adamw_update promises; returns the flags of the native kernel, and for each leaf the
     place in params + masters of the tensor that holds its float32 value.
 
-    One constexpr sees all leaves at once, since a condition for each would take long to compile; its results
-    are used, since MindSpore drops a constexpr, errors and all, whose result is not.
+    One constexpr sees all leaves at once, since a condition for each would take long to compile. Its results
+    are used, since MindSpore drops a call, errors and all, when the result is assigned and not used.
     """
     dtypes = (_map(_dtype, params), _map(_dtype, grads), _map(_dtype, m), _map(_dtype, v),
               _map(_dtype, masters))
