@@ -14,6 +14,7 @@ from mindspore.ops.primitive import constexpr
 
 from .config import Config
 from .kernels.cross_entropy import cross_entropy
+from .kernels.linear import linear
 from .kernels.rms_norm import rms_norm
 from .nn.balance import make_balance
 from .nn.block import block, block_spec
@@ -76,14 +77,8 @@ def computable(params: Any) -> Any:
 def head(params: Any, x: Tensor) -> Tensor:
     """Logits of normalised hidden states, float32. x: [..., D] -> [..., W]."""
     if "head" in params:
-        return ops.matmul(x, params["head"]).astype(ms.float32)
-    return ops.matmul(x, ops.transpose(params["embed"], (1, 0))).astype(ms.float32)
-
-
-def _run_block(fn: Callable, params: Any, x: Tensor, rope: Any, segment_ids: Any, recompute: bool) -> Any:
-    if recompute:
-        return ms.recompute(fn, params, x, rope, segment_ids)
-    return fn(params, x, rope, segment_ids)
+        return linear(x, params["head"]).astype(ms.float32)
+    return linear(x, ops.transpose(params["embed"], (1, 0))).astype(ms.float32)
 
 
 def trunk(params: Any, tokens: Tensor, position_ids: Any, segment_ids: Any, one_block: Callable, recompute: Any,
@@ -93,7 +88,7 @@ def trunk(params: Any, tokens: Tensor, position_ids: Any, segment_ids: Any, one_
     rope = rope_tables(position_ids, tokens.shape[1], cfg=cfg)
     x, loads, aux = embedded, (), ()
     for i in range(cfg.num_hidden_layers):
-        x, load, loss = _run_block(one_block, params["layers"][i], x, rope, segment_ids, _recomputes(recompute, i))
+        x, load, loss = one_block(params["layers"][i], x, rope, segment_ids, _recomputes(recompute, i))
         loads, aux = loads + load, aux + loss
     return x, embedded, loads, aux
 
@@ -108,7 +103,9 @@ def make_block(cfg: Config, route: Callable | None, balance: Callable | None) ->
     chosen_route = default_route if route is None else route
     chosen_balance = make_balance(cfg) if balance is None else balance
 
-    def one_block(params, x, rope, segment_ids):
+    def one_block(params, x, rope, segment_ids, recompute):
+        if recompute:  # block itself, not this closure: MindSpore cannot recompute a function made inside a graph
+            return ms.recompute(block, params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance)
         return block(params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance)
 
     return one_block
@@ -217,9 +214,9 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
         p, n = params["mtp"][k - 1], T - k
         segments = None if segment_ids is None else segment_ids[:, :n]
         positions = None if batch.get("position_ids") is None else batch["position_ids"][:, :n]
-        x, load, loss = _run_block(one_block, p, mtp_input(p, embedded[:, k:], handed_on[:, :n], cfg=cfg),
-                                   rope_tables(positions, n, cfg=cfg), segments,
-                                   _recomputes(recompute, cfg.num_hidden_layers + k - 1))
+        x, load, loss = one_block(p, mtp_input(p, embedded[:, k:], handed_on[:, :n], cfg=cfg),
+                                  rope_tables(positions, n, cfg=cfg), segments,
+                                  _recomputes(recompute, cfg.num_hidden_layers + k - 1))
         loads, aux = loads + load, aux + loss
         normed = rms_norm(x, p["norm"], eps)
         handed_on = x if mtp_prenorm else normed

@@ -111,8 +111,9 @@ def to_numpy(tree: Any) -> Any:
     def convert(leaf: Any) -> np.ndarray:
         if not hasattr(leaf, "asnumpy"):
             return np.asarray(leaf)
-        array = leaf.asnumpy()
-        return array.astype(np.float32) if array.dtype.kind == "V" or str(array.dtype) == "bfloat16" else array.copy()
+        if str(leaf.dtype) == "BFloat16":  # asnumpy refuses it under NumPy 2
+            leaf = leaf.float()
+        return leaf.asnumpy().copy()
     return optree.tree_map(convert, tree)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from mindspore import ops
 
 from ..kernels.attention import mla_attention
+from ..kernels.linear import linear
 from ..kernels.rms_norm import rms_norm
 from ..spec import ParamSpec, normal, ones
 
@@ -36,12 +37,12 @@ def mla(params, x, rope, segment_ids, *, cfg):
     """
     C, R, eps = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.rms_norm_eps
     if cfg.q_lora_rank is None:
-        q = ops.matmul(x, params["wq"])
+        q = linear(x, params["wq"])
     else:
-        q = ops.matmul(rms_norm(ops.matmul(x, params["wq_a"]), params["q_norm"], eps), params["wq_b"])
-    latent_BTC, k_pe_BTR = ops.split(ops.matmul(x, params["wkv_a"]), (C, R), axis=-1)
-    kv = ops.matmul(rms_norm(latent_BTC, params["kv_norm"], eps), params["wkv_b"])
+        q = linear(rms_norm(linear(x, params["wq_a"]), params["q_norm"], eps), params["wq_b"])
+    latent_BTC, k_pe_BTR = ops.split(linear(x, params["wkv_a"]), (C, R), axis=-1)
+    kv = linear(rms_norm(latent_BTC, params["kv_norm"], eps), params["wkv_b"])
     out = mla_attention(q, kv, k_pe_BTR, rope[0], rope[1], segment_ids, num_heads=cfg.num_attention_heads,
                         qk_nope_head_dim=cfg.qk_nope_head_dim, qk_rope_head_dim=R, v_head_dim=cfg.v_head_dim,
                         scale=cfg.softmax_scale)
-    return ops.matmul(out, params["wo"])
+    return linear(out, params["wo"])

@@ -1,8 +1,7 @@
 """The gated feed-forward network: dense layers, and the shared experts of MoE layers."""
 from __future__ import annotations
 
-from mindspore import ops
-
+from ..kernels.linear import linear
 from ..kernels.swiglu import swiglu
 from ..spec import ParamSpec, normal
 
@@ -19,4 +18,4 @@ def mlp_spec(cfg, ffn: int) -> dict:
 
 def mlp(params, x):
     """(silu(x w_gate) * (x w_up)) w_down. x: [..., D] -> [..., D]."""
-    return ops.matmul(swiglu(ops.matmul(x, params["w_gate"]), ops.matmul(x, params["w_up"])), params["w_down"])
+    return linear(swiglu(linear(x, params["w_gate"]), linear(x, params["w_up"])), params["w_down"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from mindspore import ops
 
+from ..kernels.linear import linear
 from ..kernels.rms_norm import rms_norm
 from ..spec import ParamSpec, normal, ones
 from .block import block_spec
@@ -36,4 +37,4 @@ def mtp_input(params, embedded, hidden, *, cfg):
     """
     eps = cfg.rms_norm_eps
     joined = ops.cat((rms_norm(embedded, params["enorm"], eps), rms_norm(hidden, params["hnorm"], eps)), axis=-1)
-    return ops.matmul(joined, params["eh_proj"])
+    return linear(joined, params["eh_proj"])

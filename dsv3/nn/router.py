@@ -4,6 +4,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import ops
 
+from ..kernels.linear import linear
 from ..kernels.topk import choose_experts
 from ..spec import ParamSpec, normal, zeros
 
@@ -23,7 +24,7 @@ def route(params, x_TD, *, cfg):
     x_TD: [tokens, D] -> (idx [tokens, K] int32, weights [tokens, K], scores [tokens, E], logits [tokens, E]), the last
     three float32. Any function of this signature can stand in for it (``route=`` of ``loss_fn``).
     """
-    logits_TE = ops.matmul(x_TD.astype(ms.float32), params["w"].astype(ms.float32))
+    logits_TE = linear(x_TD.astype(ms.float32), params["w"].astype(ms.float32))
     scores_TE = ops.sigmoid(logits_TE) if cfg.scoring_func == "sigmoid" else ops.softmax(logits_TE, -1)
     choice_TE = ops.stop_gradient(scores_TE)
     if cfg.topk_method == "noaux_tc":
