@@ -90,7 +90,7 @@ def test_keyword_arguments():
     with pytest.raises(TypeError, match="missing a required argument: 'by'"):
         scaled(tree=x)
     with pytest.raises(TypeError, match="unexpected keyword argument 'wrong'"):
-        scaled(x, wrong=x)
+        scaled(x, np.float32(1), wrong=x)
 
     def keyword_only(x, *, flag):
         return x

@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
                                   "default: the source of this Python's standard library")
     p.add_argument("--tokenizer", help="a tokenizer.json, its folder, or 'byte'; default: a BPE trained on the data")
     p.add_argument("--out", default="runs/tiny", help="the run's folder: checkpoints, metrics.jsonl, loss.png")
-    p.add_argument("--steps", type=int, default=500, help="optimiser steps in all")
+    p.add_argument("--steps", type=int, default=400, help="optimiser steps in all")
     p.add_argument("--batch-size", type=int, default=16, help="rows of a step")
     p.add_argument("--seq-length", type=int, default=128, help="tokens of a row")
     p.add_argument("--accumulate", type=int, default=1, help="parts into which a step's rows are split")
@@ -34,7 +34,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--clip-norm", type=float, default=1.0, help="global norm to which gradients are clipped")
     p.add_argument("--mtp-weight", type=float, default=0.3, help="weight of the multi-token-prediction loss")
     p.add_argument("--balance-weight", type=float, help="weight of the sequence-wise balance loss; default: the config's")
-    p.add_argument("--bias-update-rate", type=float, default=1e-3, help="step of the router bias towards even load")
+    p.add_argument("--bias-update-rate", type=float, default=1e-2,
+                   help="step of the router bias towards even load (the report's 0.001 suits runs of many thousand steps)")
     p.add_argument("--moment-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's moments")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the params")
     p.add_argument("--recompute", action="store_true", help="recompute every block in the backward pass")
