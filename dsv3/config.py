@@ -4,9 +4,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 YARN_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
@@ -106,7 +107,7 @@ class Config:
         """Whether block ``index`` (0-based) of the main model is a mixture of experts."""
         return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
 
-    def replace(self, **changes: Any) -> "Config":
+    def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, checked again. Unknown names raise TypeError."""
         if "num_attention_heads" in changes and "num_key_value_heads" not in changes:
             changes["num_key_value_heads"] = changes["num_attention_heads"]
@@ -114,7 +115,7 @@ class Config:
 
     # -- the released file -----------------------------------------------------------------------------------------
     @classmethod
-    def from_hf(cls, source: str | Path | Mapping[str, Any]) -> "Config":
+    def from_hf(cls, source: str | Path | Mapping[str, Any]) -> Config:
         """Read a released ``config.json``: a dict, the file, or the folder that holds it. Unknown keys are kept.
 
         Accepts ``rope_scaling`` or transformers 5's ``rope_parameters``. Raises FileNotFoundError, or ValueError

@@ -1,7 +1,8 @@
 """Continue prompts with a plain loop over the model: no cache, one compiled graph per length bucket."""
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mindspore as ms
 import numpy as np

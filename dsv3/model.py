@@ -5,10 +5,10 @@ F ffn, E experts, G groups, K top-k, L layers, W vocabulary. Names carry them (`
 """
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops.primitive import constexpr
 

@@ -1,8 +1,9 @@
 """Optimisers as a frozen pair of functions on pytrees: ``init(params)`` and ``update(grads, state, params)``."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import mindspore as ms
 import numpy as np

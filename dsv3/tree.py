@@ -1,7 +1,8 @@
 """Trees of dict and tuple: one map that runs inside compiled graphs, and host helpers on ``optree``."""
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import optree

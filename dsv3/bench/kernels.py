@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -60,8 +61,12 @@ def cases(cfg: Any, batch: int, seq: int) -> dict[str, tuple[Callable, Callable]
     from mindspore import Tensor
 
     from ..kernels.attention import mla_attention, mla_attention_reference
-    from ..kernels.cross_entropy import (cross_entropy, cross_entropy_reference, linear_cross_entropy,
-                                         linear_cross_entropy_reference)
+    from ..kernels.cross_entropy import (
+        cross_entropy,
+        cross_entropy_reference,
+        linear_cross_entropy,
+        linear_cross_entropy_reference,
+    )
     from ..kernels.experts import experts, experts_reference
     from ..kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
     from ..kernels.swiglu import swiglu, swiglu_reference

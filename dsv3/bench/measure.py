@@ -7,7 +7,8 @@ import platform
 import resource
 import statistics
 import time
-from typing import Any, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 

@@ -4,8 +4,19 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .measure import (add_shape, build_kernels, check_positive, machine, peak_bytes, rows_text, sgemm_peak, spread,
-                      spread_text, timed, tokens)
+from .measure import (
+    add_shape,
+    build_kernels,
+    check_positive,
+    machine,
+    peak_bytes,
+    rows_text,
+    sgemm_peak,
+    spread,
+    spread_text,
+    timed,
+    tokens,
+)
 
 
 def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:

@@ -10,8 +10,9 @@ import re
 import secrets
 import shutil
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
 from .safetensors_io import write_bytes
 

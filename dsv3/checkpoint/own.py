@@ -7,8 +7,9 @@ size and CRC-32 of every file. The folder appears whole or not at all.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 

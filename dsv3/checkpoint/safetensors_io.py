@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Iterable, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 

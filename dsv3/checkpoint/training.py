@@ -7,8 +7,9 @@ import platform
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import mindspore as ms
 import numpy as np

@@ -25,7 +25,10 @@ def moe_spec(cfg) -> dict:
 
 
 def moe(params, x, *, cfg, route, balance):
-    """params: ``router``, ``experts``, ``shared``. x: [B, T, D] -> (y [B, T, D], load [E] int32: tokens per expert, the weighted balance loss 0-D float32)."""
+    """Shared plus chosen experts. params: ``router``, ``experts`` and perhaps ``shared``. x: [B, T, D].
+
+    Returns (y [B, T, D], load [E] int32: tokens per expert, the weighted balance loss: 0-D float32).
+    """
     B, T, D = x.shape
     x_TD = x.reshape(B * T, D)
     idx_TK, weights_TK, scores_TE, logits_TE = route(params["router"], x_TD, cfg=cfg)
