@@ -15,7 +15,7 @@ from .model import denominators, loss_fn
 from .nn.router import updated_bias
 from .optim import Optimizer, is_state
 from .schedule import Schedule, value_at
-from .transform import builder, jit, value_and_grad
+from .transform import builder, jit, picker, value_and_grad
 from .tree import flatten, paths
 
 
@@ -65,12 +65,10 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
     named = list(paths(params))
     is_bias = [is_state(path) for path, _ in named]
     decays = tuple(bool(optimizer.decays(path, tuple(leaf.shape))) for path, leaf in named if not is_state(path))
-    merge = builder(params, [is_state(path) for path, _ in named])
-
-    def loss(leaves, biases, batch, weight):
-        return loss_of(merge(leaves, biases), batch, weight)
-
-    loss_and_grads = value_and_grad(loss, has_aux=True)
+    build = builder(params, is_bias)
+    pick = picker(params, [not bias for bias in is_bias])
+    # Differentiated as a tree: through one flat tuple, compilation would grow with the square of the leaves.
+    loss_and_grads = value_and_grad(loss_of, has_aux=True)
 
     def finish(leaves, biases, grads, m, v, masters, load_LE, hyper):
         done, norm = optimizer.update_(hyper[:7], leaves, grads, m, v, masters, decays)
@@ -83,14 +81,16 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
 
     @jit
     def whole(leaves, biases, moments, batch, hyper):
-        (_, metrics), grads = loss_and_grads(leaves, biases, batch, hyper[8])
+        (_, metrics), tree = loss_and_grads(build(leaves, biases), batch, hyper[8])
+        grads = pick(tree)
         metrics["grad_norm"] = finish(leaves, biases, grads, moments["m"], moments["v"], moments["masters"],
                                       metrics["load"], hyper)
         return metrics
 
     @jit
     def part(leaves, biases, sums, batch, weight):
-        (_, metrics), grads = loss_and_grads(leaves, biases, batch, weight)
+        (_, metrics), tree = loss_and_grads(build(leaves, biases), batch, weight)
+        grads = pick(tree)
         added = ()
         for i in range(len(sums)):
             added = added + (ops.assign_add(sums[i], grads[i].astype(ms.float32)),)

@@ -115,6 +115,21 @@ def builder(tree: Any, second: list[bool]) -> Callable:
     return generated(f"def build(first, second):\n    return {write(tree)}\n", {})
 
 
+def picker(tree: Any, wanted: list[bool]) -> Callable:
+    """``pick(tree) -> leaves`` for graph code: a flat tuple of the wanted leaves, in ``flatten`` order. Written out as
+    source because the gradient of an index into a long tuple is as long as the tuple, and a model has hundreds."""
+    flags = iter(wanted)
+
+    def write(node: Any, where: str) -> str:
+        if isinstance(node, dict):
+            return "".join(write(v, f"{where}[{k!r}]") for k, v in node.items())
+        if isinstance(node, tuple):
+            return "".join(write(v, f"{where}[{i}]") for i, v in enumerate(node))
+        return f"{where}, " if next(flags) else ""
+
+    return generated(f"def pick(tree):\n    return ({write(tree, 'tree')})\n", {})
+
+
 def _outline(tree: Any) -> str:
     """The containers of a result as JSON, a leaf as 0. Runs in graph code."""
     if isinstance(tree, dict):

@@ -1,4 +1,5 @@
 """What every test file shares: the environment, where the goldens are, params under published names."""
+
 import importlib.util
 import os
 import shutil
@@ -6,7 +7,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("MS_DEV_JIT_PIPELINE", "0")  # before any import of mindspore: its caller would spin otherwise
+os.environ.setdefault(
+    "MS_DEV_JIT_PIPELINE", "0"
+)  # before any import of mindspore: its caller would spin otherwise
 os.environ.setdefault("GLOG_v", "3")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +34,9 @@ def scratch(tmp_path_factory):
 
 
 def golden(name):
-    """(params, cfg, arrays) of a golden folder, as ``hf/base`` or ``train/run``; the balance loss as it was made."""
+    """(params, cfg, arrays) of a golden folder, as ``hf/base`` or ``train/run``; the balance loss as it was
+    made.
+    """
     import dsv3
 
     params, cfg = dsv3.from_hf(GOLDENS / name)
@@ -50,7 +55,9 @@ def golden_final(folder):
 
 
 def by_published_name(tree, cfg):
-    """Published name -> float32 array of a tree shaped like params (weights, gradients), MTP's copies left out."""
+    """Published name -> float32 array of a tree shaped like params (weights, gradients), MTP's copies left
+    out.
+    """
     from dsv3 import tree as trees
     from dsv3.checkpoint.names import published, to_published
 
@@ -60,7 +67,9 @@ def by_published_name(tree, cfg):
 
 @pytest.fixture(scope="session")
 def run():
-    """The golden training run: its start, its arrays, and one compiled value_and_grad for all who need gradients."""
+    """The golden training run: its start, its arrays, and one compiled value_and_grad for all who need
+    gradients.
+    """
     import dsv3
 
     params, cfg, arrays = golden("train/run")
@@ -68,5 +77,6 @@ def run():
     def loss(params, batch):
         return dsv3.model.loss_fn(params, batch, cfg=cfg)
 
-    return SimpleNamespace(params=params, cfg=cfg, arrays=arrays,
-                           value_and_grad=dsv3.value_and_grad(loss, has_aux=True))
+    return SimpleNamespace(
+        params=params, cfg=cfg, arrays=arrays, value_and_grad=dsv3.value_and_grad(loss, has_aux=True)
+    )

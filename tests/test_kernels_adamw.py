@@ -75,7 +75,7 @@ def oracle(param, grad, m, v, s, decay):
 
 def to_bfloat16(x):
     """Rounds float32 to the nearest bfloat16, ties to even; the result is float32 again."""
-    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.int64)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
 
 

@@ -1,11 +1,16 @@
 """The model against transformers' own numbers: logits, losses, router choices and every gradient.
 
-The goldens are of float64 runs (tests/goldens/make_hf.py, make_train.py); transformers' own float32 run lies within
-4.5e-6 of the logits and 2.3e-6 of the gradients. MTP, the sequence-wise balance loss and the readings of MTP (documents,
-the state before the norm, two depths) are those of make_train.py.
+The goldens are of float64 runs (tests/goldens/make_hf.py, make_train.py); transformers' own float32 run
+lies within 4.5e-6 of the logits and 2.3e-6 of the gradients. MTP, the sequence-wise balance loss and the
+readings of MTP (documents, the state before the norm, two depths) are those of make_train.py.
 
-PLANTED
+Planted faults this file was seen to catch, one at a time: softmax scale not squared under YaRN; YaRN gain
+1; position_ids ignored; documents dropped in the main blocks; the bias in the weights; weights always
+normalised; no gradient through the router's weights; half the shared experts; eh_proj reading hidden first;
+MTP fed before the norm at depth 2; MTP labels across documents; MTP losses summed; MTP's balance loss left
+out; balance scores not normalised.
 """
+
 import json
 
 import numpy as np
@@ -50,19 +55,27 @@ def assert_gradients(grads, cfg, file):
 
 @pytest.fixture(scope="module", params=HF_CASES)
 def case(request):
-    """One golden case, evaluated once: loss and gradients as ``loss_fn`` has them, and logits in three readings."""
+    """One golden case, evaluated once: loss and gradients as ``loss_fn`` has them, and logits in three
+    readings.
+    """
     params, cfg, arrays = golden(f"hf/{request.param}")
 
     def both(params, batch):
         loss, metrics = loss_fn(params, {"tokens": batch["tokens"], "labels": batch["labels"]}, cfg=cfg)
-        metrics["logits"] = forward(params, batch["tokens"], batch["position_ids"], batch["segment_ids"], cfg=cfg)
+        metrics["logits"] = forward(
+            params, batch["tokens"], batch["position_ids"], batch["segment_ids"], cfg=cfg
+        )
         return loss, metrics
 
     evaluate = dsv3.value_and_grad(both, has_aux=True)
     tokens = arrays["input_ids"]
     B, T = tokens.shape
-    plain = {"tokens": tokens, "labels": arrays["labels"], "segment_ids": np.zeros((B, T), np.int32),
-             "position_ids": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()}
+    plain = {
+        "tokens": tokens,
+        "labels": arrays["labels"],
+        "segment_ids": np.zeros((B, T), np.int32),
+        "position_ids": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy(),
+    }
     (loss, metrics), grads = evaluate(params, plain)
     count = dsv3.transform.compile_count()
     logits = {"": metrics["logits"].asnumpy()}
@@ -81,9 +94,13 @@ def test_logits(case):
 def test_loss_and_load(case):
     name, cfg, arrays, loss, metrics, _, _ = case
     assert abs(float(metrics["main_loss"]) - arrays["loss"]) <= LOSS
-    assert loss == float(metrics["loss"]) == float(metrics["main_loss"])  # alpha is 0 and there is no MTP here
+    assert (
+        loss == float(metrics["loss"]) == float(metrics["main_loss"])
+    )  # alpha is 0 and there is no MTP here
     assert float(metrics["mtp_loss"]) == float(metrics["balance_loss"]) == 0
-    expected = [arrays[f"router_{layer}_load"] for layer in range(cfg.num_hidden_layers) if cfg.is_moe_layer(layer)]
+    expected = [
+        arrays[f"router_{layer}_load"] for layer in range(cfg.num_hidden_layers) if cfg.is_moe_layer(layer)
+    ]
     np.testing.assert_array_equal(metrics["load"].asnumpy(), expected)
 
 
@@ -111,17 +128,22 @@ def test_router_choices(name):
     choose = dsv3.jit(choose)
     for layer in range(cfg.first_k_dense_replace, cfg.num_hidden_layers):
         logits = arrays[f"router_{layer}_logits"].astype(np.float32)
-        router = {"w": np.eye(cfg.n_routed_experts, dtype=np.float32), "bias": params["layers"][layer]["router"]["bias"]}
+        router = {
+            "w": np.eye(cfg.n_routed_experts, dtype=np.float32),
+            "bias": params["layers"][layer]["router"]["bias"],
+        }
         idx, weights, scores, found = (x.asnumpy() for x in choose(router, logits))
         order = idx.argsort(1)
         np.testing.assert_array_equal(np.take_along_axis(idx, order, 1), arrays[f"router_{layer}_indices"])
-        np.testing.assert_allclose(np.take_along_axis(weights, order, 1), arrays[f"router_{layer}_weights"], rtol=1e-5)
+        np.testing.assert_allclose(
+            np.take_along_axis(weights, order, 1), arrays[f"router_{layer}_weights"], rtol=1e-5
+        )
         np.testing.assert_array_equal(found, logits)
         # MindSpore's CPU sigmoid is right to some 2e-6, relatively; the least margin of a choice is 5e-4
         np.testing.assert_allclose(scores, 1 / (1 + np.exp(-arrays[f"router_{layer}_logits"])), rtol=1e-5)
 
 
-# -- multi-token prediction -----------------------------------------------------------------------------------------
+# -- multi-token prediction ----------------------------------------------------------------------------------
 def assert_losses(metrics, arrays, prefix="", row=()):
     """main, mtp, balance, loss and load of a record of the golden training run."""
     expected = {k: np.asarray(arrays[prefix + k])[row] for k in ("main", "total", "load")}
@@ -143,15 +165,18 @@ def test_mtp_losses_and_gradients(run):
 
 
 def test_mtp_of_documents(run):
-    """Labels left out: those that lie in another document are dropped by ``segment_ids`` alone, for MTP too."""
+    """Labels left out: those that lie in another document are dropped by ``segment_ids`` alone."""
     cfg = run.cfg
 
     def without_balance(params, batch):
         loss, metrics = loss_fn(params, batch, cfg=cfg)
         return loss - metrics["balance_loss"], metrics
 
-    batch = {"tokens": run.arrays["tokens"][0], "labels": run.arrays["segments_labels"],
-             "segment_ids": run.arrays["segment_ids"]}
+    batch = {
+        "tokens": run.arrays["tokens"][0],
+        "labels": run.arrays["segments_labels"],
+        "segment_ids": run.arrays["segment_ids"],
+    }
     (_, metrics), grads = dsv3.value_and_grad(without_balance, has_aux=True)(run.params, batch)
     assert_losses(metrics, run.arrays, "segments_")
     assert_gradients(grads, cfg, "train/run/grads_segments.safetensors")

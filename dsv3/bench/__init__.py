@@ -1,1 +1,1 @@
-"""Measurements, runnable as ``python -m dsv3.bench NAME``: train, peer, depth, kernels, data. One question a file."""
+"""Measurements, runnable as ``python -m dsv3.bench NAME``: train, peer, depth, kernels, data."""

@@ -1,4 +1,5 @@
 """``python -m dsv3.bench``: pick a measurement, run it, print a table or JSON."""
+
 from __future__ import annotations
 
 import argparse
@@ -9,7 +10,7 @@ from . import data, depth, kernels, peer, train
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one measurement; returns the exit code: 0, or 1 after a user's error, which is printed as one line."""
+    """Run one measurement; returns the exit code: 0, or 1 after a user's error, printed as one line."""
     parser = argparse.ArgumentParser(prog="python -m dsv3.bench", description="What a step costs, and where.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for module in (train, peer, depth, kernels, data):

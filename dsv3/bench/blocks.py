@@ -1,8 +1,10 @@
-"""A worker that makes blocks of training steps when told to: the end of a pipe that both sides of ``peer`` share.
+"""A worker that makes blocks of training steps when told to: what both sides of ``peer`` share.
 
-Only the standard library: the other side may be an interpreter that has neither this package nor MindSpore. Requests
-are lines, the number of steps; answers are lines of JSON. Between two requests the worker is blocked in a read.
+Only the standard library: the other side may be an interpreter that has neither this package nor MindSpore.
+Requests are lines, the number of steps; answers are lines of JSON. Between two requests the worker is blocked
+in a read.
 """
+
 import json
 import os
 import resource
@@ -11,12 +13,12 @@ import time
 
 
 def confine(cpus):
-    """Restrict this process to its first ``cpus`` CPUs: before imports, so that thread pools size themselves by it."""
+    """Restrict this process to its first ``cpus`` CPUs: before imports, which size thread pools by it."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])
 
 
 def take_stdout():
-    """The real standard output as a file of lines; what libraries print there goes to standard error from now on."""
+    """The real standard output as a file of lines; what libraries print there now goes to standard error."""
     sys.stdout.flush()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -39,5 +41,15 @@ def serve(out, facts, step):
             losses.append(step())
             seconds.append(time.perf_counter() - start)
         idle, ended = began - ended, time.process_time()
-        print(json.dumps({"seconds": seconds, "losses": losses, "cpu": ended - began, "idle_cpu": idle,
-                          "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), file=out)
+        print(
+            json.dumps(
+                {
+                    "seconds": seconds,
+                    "losses": losses,
+                    "cpu": ended - began,
+                    "idle_cpu": idle,
+                    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                }
+            ),
+            file=out,
+        )

@@ -1,4 +1,5 @@
 """Each kernel, native against its composed reference, forward and backward, in turns."""
+
 from __future__ import annotations
 
 import argparse
@@ -25,13 +26,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..cli.info import find_config
 
     check_positive(args, "batch", "seq", "calls", "rounds")
-    return {"config": args.config} | kernels(find_config(args.config), args.batch, args.seq, only=args.only,
-                                             calls=args.calls, rounds=args.rounds)
+    return {"config": args.config} | kernels(
+        find_config(args.config), args.batch, args.seq, only=args.only, calls=args.calls, rounds=args.rounds
+    )
 
 
-def kernels(cfg: Any, batch: int, seq: int, *, only: list[str] | None = None, calls: int = 3,
-            rounds: int = 5) -> dict[str, Any]:
-    """Milliseconds a call of both implementations, per kernel, after a warm-up. "ratio": reference over native.
+def kernels(
+    cfg: Any, batch: int, seq: int, *, only: list[str] | None = None, calls: int = 3, rounds: int = 5
+) -> dict[str, Any]:
+    """Milliseconds a call of both implementations, per kernel, after a warm-up. "ratio": reference over
+    native.
 
     Raises ValueError when the native kernels are not in use here, or a name in ``only`` is unknown.
     """
@@ -49,15 +53,22 @@ def kernels(cfg: Any, batch: int, seq: int, *, only: list[str] | None = None, ca
         ours, reference = (make() for make in made[name])
         for fn in (ours, reference):  # compiles, then warms up
             fn(), fn()
-        pairs = [(timed(lambda: [ours() for _ in range(calls)])[0] / calls,
-                  timed(lambda: [reference() for _ in range(calls)])[0] / calls) for _ in range(rounds)]
-        rows[name] = {"native_ms": spread(a * 1e3 for a, _ in pairs), "reference_ms": spread(b * 1e3 for _, b in pairs),
-                      "ratio": spread(b / a for a, b in pairs)}
+        pairs = [(block(ours, calls), block(reference, calls)) for _ in range(rounds)]
+        rows[name] = {
+            "native_ms": spread(a * 1e3 for a, _ in pairs),
+            "reference_ms": spread(b * 1e3 for _, b in pairs),
+            "ratio": spread(b / a for a, b in pairs),
+        }
     return {"batch": batch, "seq": seq, "calls": calls, "kernels": rows, "machine": machine()}
 
 
+def block(call: Callable, calls: int) -> float:
+    """Mean seconds of some calls in a row."""
+    return timed(lambda: [call() for _ in range(calls)])[0] / calls
+
+
 def cases(cfg: Any, batch: int, seq: int) -> dict[str, tuple[Callable, Callable]]:
-    """name -> (makes the native call, makes the reference call), with the shapes of the model's training step."""
+    """name -> (makes the native call, makes the reference call), at the shapes of the model's step."""
     from mindspore import Tensor
 
     from ..kernels.attention import mla_attention, mla_attention_reference
@@ -70,7 +81,12 @@ def cases(cfg: Any, batch: int, seq: int) -> dict[str, tuple[Callable, Callable]
     from ..kernels.experts import experts, experts_reference
     from ..kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
     from ..kernels.swiglu import swiglu, swiglu_reference
-    from ..kernels.topk import choose_experts, choose_experts_reference, count_experts, count_experts_reference
+    from ..kernels.topk import (
+        choose_experts,
+        choose_experts_reference,
+        count_experts,
+        count_experts_reference,
+    )
 
     rng = np.random.default_rng(0)
     B, T, D, H, W = batch, seq, cfg.hidden_size, cfg.num_attention_heads, cfg.vocab_size
@@ -90,49 +106,69 @@ def cases(cfg: Any, batch: int, seq: int) -> dict[str, tuple[Callable, Callable]
 
     def attention(fn):
         def loss(p):
-            return fn(p[0], p[1], p[2], cos, sin, None, num_heads=H, qk_nope_head_dim=N, qk_rope_head_dim=R,
-                      v_head_dim=V, scale=cfg.softmax_scale).sum()
+            return fn(
+                p[0],
+                p[1],
+                p[2],
+                cos,
+                sin,
+                None,
+                num_heads=H,
+                qk_nope_head_dim=N,
+                qk_rope_head_dim=R,
+                v_head_dim=V,
+                scale=cfg.softmax_scale,
+            ).sum()
+
         return gradient(loss, (normal(B, T, H * (N + R)), normal(B, T, H * (N + V)), normal(B, T, R)))
 
     def routed(fn):
         def loss(p):
             return fn(p[0], p[1], p[2], p[3], idx, p[4]).sum()
+
         return gradient(loss, (normal(tokens, D), normal(E, D, F), normal(E, D, F), normal(E, F, D), weights))
 
     def norm(fn):
         def loss(p):
             return fn(p[0], p[1], eps).sum()
+
         return gradient(loss, (normal(B, T, D), normal(D)))
 
     def add_norm(fn):
         def loss(p):
             total, normed = fn(p[0], p[1], p[2], eps)
             return (total * normed).sum()
+
         return gradient(loss, (normal(B, T, D), normal(B, T, D), normal(D)))
 
     def gated(fn):
         def loss(p):
             return fn(p[0], p[1]).sum()
+
         return gradient(loss, (normal(tokens, cfg.intermediate_size), normal(tokens, cfg.intermediate_size)))
 
     def entropy(fn):
         def loss(p):
             return fn(p[0], labels).sum()
+
         return gradient(loss, (normal(tokens, W),))
 
     def linear_entropy(fn):
         def loss(p):
             return fn(p[0], p[1], labels).sum()
+
         return gradient(loss, (normal(tokens, D), normal(D, W)))
 
     def choice(fn):
         def choose(scores_TE):
             return fn(scores_TE, n_group=cfg.n_group, topk_group=cfg.topk_group, k=K)
+
         return called(choose, Tensor(scores))
 
     def counting(fn):
         def count(idx_TK):
             return fn(idx_TK, E)
+
         return called(count, idx)
 
     pairs = {
@@ -147,7 +183,10 @@ def cases(cfg: Any, batch: int, seq: int) -> dict[str, tuple[Callable, Callable]
         "linear_cross_entropy": (linear_entropy, linear_cross_entropy, linear_cross_entropy_reference),
         "adamw": (lambda which: optimiser(cfg, *which), *adamw_pair()),
     }
-    return {name: (lambda make=make, a=a: make(a), lambda make=make, b=b: make(b)) for name, (make, a, b) in pairs.items()}
+    return {
+        name: (lambda make=make, a=a: make(a), lambda make=make, b=b: make(b))
+        for name, (make, a, b) in pairs.items()
+    }
 
 
 def gradient(loss: Callable, params: tuple) -> Callable:
@@ -175,8 +214,10 @@ def adamw_pair() -> tuple[tuple, tuple]:
     """(update, norm) of the optimiser's kernels, native and composed."""
     from ..kernels import adamw
 
-    return ((adamw.adamw_update, adamw.global_norm_sq),
-            (adamw.adamw_update_reference, adamw.global_norm_sq_reference))
+    return (
+        (adamw.adamw_update, adamw.global_norm_sq),
+        (adamw.adamw_update_reference, adamw.global_norm_sq_reference),
+    )
 
 
 def optimiser(cfg: Any, update: Callable, norm: Callable) -> Callable:
@@ -205,11 +246,15 @@ def optimiser(cfg: Any, update: Callable, norm: Callable) -> Callable:
 
 def table(r: dict[str, Any]) -> str:
     """The result as lines of text."""
-    lines = [f"{r['config']}, {r['batch']} x {r['seq']} tokens; medians, of blocks of {r['calls']} calls in turns; load "
-             f"{r['machine']['load']:.1f}",
-             f"{'kernel':<22}{'native ms':>12}{'reference ms':>15}{'reference / native':>32}"]
+    lines = [
+        f"{r['config']}, {r['batch']} x {r['seq']} tokens; medians of blocks of {r['calls']} calls in turns; "
+        f"load {r['machine']['load']:.1f}",
+        f"{'kernel':<22}{'native ms':>12}{'reference ms':>15}{'reference / native':>32}",
+    ]
     for name, row in r["kernels"].items():
         q = row["ratio"]
-        lines.append(f"{name:<22}{row['native_ms']['median']:>12.2f}{row['reference_ms']['median']:>15.2f}"
-                     f"{q['median']:>14.1f} ({q['min']:.1f} to {q['max']:.1f})")
+        lines.append(
+            f"{name:<22}{row['native_ms']['median']:>12.2f}{row['reference_ms']['median']:>15.2f}"
+            f"{q['median']:>14.1f} ({q['min']:.1f} to {q['max']:.1f})"
+        )
     return "\n".join(lines)

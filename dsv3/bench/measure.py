@@ -1,4 +1,5 @@
-"""What every measurement shares: spreads of repeated timings, the machine's facts, its matmul peak, synthetic tokens."""
+"""What every measurement shares: spreads of timings, the machine's facts, its matmul peak, tokens."""
+
 from __future__ import annotations
 
 import argparse
@@ -8,6 +9,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,21 +52,30 @@ def machine() -> dict[str, Any]:
     from ..kernels import native
 
     why = native.why_reference()
-    return {"cpu": _cpu_name(), "cpus": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0],
-            "mindspore": ms.__version__, "numpy": np.__version__, "python": platform.python_version(),
-            "kernels": "native" if why is None else f"reference ({why})"}
+    return {
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "mindspore": ms.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "kernels": "native" if why is None else f"reference ({why})",
+    }
 
 
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
+            return next(
+                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")),
+                platform.machine(),
+            )
     except OSError:
         return platform.processor() or platform.machine()
 
 
 def build_kernels() -> float:
-    """Compile the C++ kernels that the cache lacks, so that no later timing contains it. Returns the seconds it took."""
+    """Compile the C++ kernels that the cache lacks, so that no timing contains it; returns the seconds."""
     from ..kernels import native
 
     start = time.perf_counter()
@@ -74,8 +85,8 @@ def build_kernels() -> float:
     return time.perf_counter() - start
 
 
-def sgemm_peak(n: int = 2048, calls: int = 5) -> float:
-    """GFLOP/s of the fastest of some float32 products of [n, n] matrices by MindSpore's own matmul, here and now."""
+def sgemm_peak(n: int = 2048, calls: int = 10) -> float:
+    """GFLOP/s of the fastest of some float32 products [n, n] by MindSpore's own matmul, here and now."""
     from mindspore import ops
 
     from ..transform import jit
@@ -89,10 +100,16 @@ def sgemm_peak(n: int = 2048, calls: int = 5) -> float:
 
 
 def tokens(vocab_size: int, batch: int, seq: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Endless batches of uniform ids, [batch, seq] int32, the same for the same arguments in every process."""
+    """Endless batches of uniform ids, [batch, seq] int32, the same everywhere for the same arguments."""
     rng = np.random.default_rng(seed)
     while True:
         yield rng.integers(0, vocab_size, (batch, seq), dtype=np.int32)
+
+
+def child_environment() -> dict[str, str]:
+    """The environment for a child of this interpreter, which finds the package where this process did."""
+    here = str(Path(__file__).parents[2])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
 
 
 def add_shape(parser: argparse.ArgumentParser, config: str = "TINY", batch: int = 16, seq: int = 128) -> None:

@@ -1,4 +1,7 @@
-"""Our side of ``peer``: ``make_train_step`` from the same checkpoint. Run as a module; argument: the settings as JSON."""
+"""Our side of ``peer``: ``make_train_step`` from the same checkpoint. Run as a module; argument: the settings
+as JSON.
+"""
+
 from __future__ import annotations
 
 import json
@@ -24,8 +27,14 @@ def main(s: dict) -> None:
 
     build_kernels()
     params, cfg = from_hf(s["checkpoint"], dtype="float32")
-    optimizer = adamw(s["learning_rate"], beta1=s["betas"][0], beta2=s["betas"][1], eps=s["eps"],
-                      weight_decay=s["weight_decay"], clip_norm=s["clip_norm"])
+    optimizer = adamw(
+        s["learning_rate"],
+        beta1=s["betas"][0],
+        beta2=s["betas"][1],
+        eps=s["eps"],
+        weight_decay=s["weight_decay"],
+        clip_norm=s["clip_norm"],
+    )
     state, train_step = optimizer.init(params), make_train_step(cfg, optimizer, bias_update_rate=0.0)
     feed = tokens(cfg.vocab_size, s["batch"], s["seq"])
 
@@ -41,9 +50,17 @@ def main(s: dict) -> None:
         return first.pop() if first else step()
 
     why = native.why_reference()
-    serve(out, {"name": f"dsv3, MindSpore {ms.__version__}", "variant": "native" if why is None else f"reference ({why})",
-                "parameters": size(params), "compile_seconds": compile_wall, "compile_cpu_seconds": compile_cpu},
-          step_after_first)
+    serve(
+        out,
+        {
+            "name": f"dsv3, MindSpore {ms.__version__}",
+            "variant": "native" if why is None else f"reference ({why})",
+            "parameters": size(params),
+            "compile_seconds": compile_wall,
+            "compile_cpu_seconds": compile_cpu,
+        },
+        step_after_first,
+    )
 
 
 if __name__ == "__main__":

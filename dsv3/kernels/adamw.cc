@@ -149,6 +149,9 @@ int adamw_update(int n, void** data, int* ndims, int64_t** shapes, const char** 
   c.sqrt_correction2 = static_cast<float>(std::sqrt(static_cast<double>(s[6])));
   const float keep = static_cast<float>(1.0 - lr * s[4]);
 
+  *static_cast<float*>(data[inputs]) = s[0];
+  if (!std::isfinite(c.grad_scale)) return 0;  // gradients that are not finite change nothing
+
   const std::vector<Piece> work = pieces(leaves, ndims + params, shapes + params);
   parallel_for(work.size(), [&](int64_t task) {
     const auto [leaf, start, size] = work[task];
@@ -166,7 +169,6 @@ int adamw_update(int n, void** data, int* ndims, int64_t** shapes, const char** 
       rounded.write(at, k, pk);
     }
   });
-  *static_cast<float*>(data[inputs]) = s[0];
   return 0;
 }
 }

@@ -54,6 +54,8 @@ def adamw_update(scalars: Tensor, params: tuple, grads: tuple, m: tuple, v: tupl
     overwritten while a gradient still needs its old value. For the same reason read no parameter beside the
     update in the same graph.
 
+    When grad_scale is not finite nothing changes: the way to skip a step whose gradients overflowed.
+
     Args:
         scalars: [8] float32: lr, beta1, beta2, eps, weight_decay, correction1 = 1 - beta1**step, correction2
             = 1 - beta2**step, grad_scale. Take the corrections from the float32 values of the betas, so that
@@ -106,6 +108,9 @@ def _update_leaf(constants, param, grad, m, v, decay, owner):
     second = beta2 * second + rest2 * ops.square(grad)
     kept = owner * (1 - lr_decay) if decay else owner
     new = kept - step * first / (ops.sqrt(second) / sqrt_correction2 + eps)
+    ok = ops.isfinite(grad_scale)
+    first, second = ops.where(ok, first, m.astype(ms.float32)), ops.where(ok, second, v.astype(ms.float32))
+    new = ops.where(ok, new, owner)
     done = (ops.assign(m, first.astype(m.dtype)), ops.assign(v, second.astype(v.dtype)),
             ops.assign(owner, new))
     if param.dtype != ms.float32:
