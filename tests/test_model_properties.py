@@ -147,7 +147,7 @@ def test_swapped_pieces():
     load = metrics["load"].asnumpy()
     np.testing.assert_array_equal(load, [[0] * 5 + [24] * 3, [0] * 5 + [22] * 3])
     assert float(metrics["balance_loss"]) == 2 * 9.0
-    assert abs(float(metrics["loss"] - metrics["balance_loss"] - metrics["plain"])) > 1e-3
+    assert abs(float(metrics["loss"]) - float(metrics["balance_loss"]) - float(metrics["plain"])) > 1e-3
     with pytest.raises(ValueError, match=r"n_routed_experts=8 is not divisible by devices=3; pick a divisor"):
         balance.make_balance(TINY, devices=3)
 
