@@ -44,9 +44,23 @@ def is_state(path: str) -> bool:
     return path.endswith("router.bias")
 
 
-@constexpr
-def _is_state(path):
-    return is_state(path)
+_map = ops.Map()  # a loop over leaves nests one graph call a leaf, which compiles far slower
+
+
+def _shape(x):
+    return x.shape
+
+
+def _dtype(x):
+    return x.dtype
+
+
+def _take(leaves, i):
+    return leaves[i]
+
+
+def _pick(i, leaf):
+    return leaf[i]
 
 
 def adamw(learning_rate: float | Schedule = 2.2e-4, *, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8,
@@ -70,8 +84,14 @@ def adamw(learning_rate: float | Schedule = 2.2e-4, *, beta1: float = 0.9, beta2
     b1, b2 = float(np.float32(beta1)), float(np.float32(beta2))  # as the float32 update sees them
 
     @constexpr
-    def decays(path, shape):
-        return bool(decay(path, shape))
+    def plan(names, shapes, dtypes):
+        """Of all leaves at once: whether each moves, whether it decays, the places of those that move and of those that
+        have a master, and where in params + masters each leaf's float32 value is."""
+        moves = tuple(not is_state(name) for name in names)
+        narrow = tuple(i for i, dtype in enumerate(dtypes) if dtype != ms.float32)
+        sources = tuple(len(names) + narrow.index(i) if i in narrow else i for i in range(len(names)))
+        return (moves, tuple(bool(decay(name, tuple(shape))) for name, shape in zip(names, shapes)),
+                tuple(i for i, moving in enumerate(moves) if moving), narrow, sources)
 
     def init(params):
         def zeros(leaf):
@@ -99,39 +119,34 @@ def adamw(learning_rate: float | Schedule = 2.2e-4, *, beta1: float = 0.9, beta2
         scale, norm = clip(grads)
         return adamw_update(ops.cat((hyper_7, scale.reshape(1))), leaves, grads, m, v, decays, masters), norm
 
+    def one_leaf(lr, rate, root2, scale, p, g, m, v, master, moves, decays):
+        """(param, m, v, master) of one leaf after the update; ``master`` is p itself where that is float32."""
+        if not moves:
+            return p, m, v, master
+        old, first, second = master, m.astype(ms.float32), v.astype(ms.float32)
+        ok, grad = ops.isfinite(scale), g.astype(ms.float32) * scale
+        new_first = first + (1 - b1) * (grad - first)
+        new_second = b2 * second + (1 - b2) * ops.square(grad)
+        kept = old * (1 - lr * weight_decay) if decays else old
+        new = ops.where(ok, kept - rate * new_first / (ops.sqrt(new_second) / root2 + eps), old)
+        return (new.astype(p.dtype), ops.where(ok, new_first, first).astype(m.dtype),
+                ops.where(ok, new_second, second).astype(v.dtype), new)
+
     @compiled
     def update(grads, state, params):
-        names, p, g = flat_paths(params), flatten(params), flatten(grads)
-        m, v = flatten(state["m"]), flatten(state["v"])
-        counted = ()
-        for i in range(len(names)):
-            if not _is_state(names[i]):
-                counted = counted + (g[i],)
-        scale, _ = clip(counted)
-        ok = ops.isfinite(scale)
+        p, g, m, v = flatten(params), flatten(grads), flatten(state["m"]), flatten(state["v"])
+        moves, decayed, moving, narrow, sources = plan(flat_paths(params), _map(_shape, p), _map(_dtype, p))
+        scale, _ = clip(_map(ops.partial(_take, g), moving))
         t = (state["step"] + 1).astype(ms.float32)
         lr = learning_rate.traced(state["step"]) if isinstance(learning_rate, Schedule) else learning_rate
         rate, root2 = lr / (1 - ops.pow(b1, t)), ops.sqrt(1 - ops.pow(b2, t))
-        new_p, new_m, new_v, masters = (), (), (), {}
-        for i in range(len(names)):
-            if _is_state(names[i]):
-                new_p, new_m, new_v = new_p + (p[i],), new_m + (m[i],), new_v + (v[i],)
-            else:
-                old = state["masters"][names[i]] if p[i].dtype != ms.float32 else p[i]
-                grad = g[i].astype(ms.float32) * scale
-                first = m[i].astype(ms.float32)
-                first = first + (1 - b1) * (grad - first)
-                second = b2 * v[i].astype(ms.float32) + (1 - b2) * ops.square(grad)
-                kept = old * (1 - lr * weight_decay) if decays(names[i], p[i].shape) else old
-                new = ops.where(ok, kept - rate * first / (ops.sqrt(second) / root2 + eps), old)
-                new_m = new_m + (ops.where(ok, first, m[i].astype(ms.float32)).astype(m[i].dtype),)
-                new_v = new_v + (ops.where(ok, second, v[i].astype(ms.float32)).astype(v[i].dtype),)
-                new_p = new_p + (new.astype(p[i].dtype),)
-                if p[i].dtype != ms.float32:
-                    masters[names[i]] = new
-        after = {"step": state["step"] + 1, "m": fill(state["m"], new_m), "v": fill(state["v"], new_v)}
+        masters = flatten(state["masters"]) if "masters" in state else ()
+        old = _map(ops.partial(_take, p + masters), sources)
+        new = _map(ops.partial(one_leaf, lr, rate, root2, scale), p, g, m, v, old, moves, decayed)
+        after = {"step": state["step"] + 1, "m": fill(state["m"], _map(ops.partial(_pick, 1), new)),
+                 "v": fill(state["v"], _map(ops.partial(_pick, 2), new))}
         if "masters" in state:
-            after["masters"] = masters
-        return fill(params, new_p), after
+            after["masters"] = fill(state["masters"], _map(ops.partial(_pick, 3), _map(ops.partial(_take, new), narrow)))
+        return fill(params, _map(ops.partial(_pick, 0), new)), after
 
     return Optimizer(init, update, update_, hyper, decay, learning_rate)

@@ -51,9 +51,9 @@ def literal(tree: Any, leaves: dict[int, Any], where: str, depth: int = 0) -> st
             if not isinstance(key, str):
                 raise TypeError(f"{where} has the key {key!r}; keys of a pytree must be strings")
         items = (f"{k!r}: {literal(v, leaves, f'{where}[{k!r}]', depth + 1)}" for k, v in tree.items())
-        return "{" + ", ".join(items) + "}"
+        return "{" + ",\n".join(items) + "}"
     if type(tree) is tuple:
-        return "(" + "".join(f"{literal(v, leaves, f'{where}[{i}]', depth + 1)}, " for i, v in enumerate(tree)) + ")"
+        return "(" + "".join(f"{literal(v, leaves, f'{where}[{i}]', depth + 1)},\n" for i, v in enumerate(tree)) + ")"
     if isinstance(tree, list):
         raise TypeError(f"{where} is a list; use a tuple: MindSpore recompiles lists and changes their type")
     if tree is None or isinstance(tree, (bool, str)):
@@ -106,9 +106,9 @@ def builder(tree: Any, second: list[bool]) -> Callable:
 
     def write(node: Any) -> str:
         if isinstance(node, dict):
-            return "{" + ", ".join(f"{k!r}: {write(v)}" for k, v in node.items()) + "}"
+            return "{" + ",\n".join(f"{k!r}: {write(v)}" for k, v in node.items()) + "}"
         if isinstance(node, tuple):
-            return "(" + "".join(f"{write(v)}, " for v in node) + ")"
+            return "(" + "".join(f"{write(v)},\n" for v in node) + ")"
         flag = next(flags)
         return f"{'second' if flag else 'first'}[{next(counts[flag])}]"
 
@@ -125,7 +125,7 @@ def picker(tree: Any, wanted: list[bool]) -> Callable:
             return "".join(write(v, f"{where}[{k!r}]") for k, v in node.items())
         if isinstance(node, tuple):
             return "".join(write(v, f"{where}[{i}]") for i, v in enumerate(node))
-        return f"{where}, " if next(flags) else ""
+        return f"{where},\n" if next(flags) else ""
 
     return generated(f"def pick(tree):\n    return ({write(tree, 'tree')})\n", {})
 
@@ -212,8 +212,8 @@ def jit(fn: Callable, *, jit_level: str = "O0") -> Callable:
 
 def _graph(fn: Callable, literals: tuple[str, ...], n_leaves: int, jit_level: str) -> tuple[Callable, int]:
     ms.set_recursion_limit(RECURSION_LIMIT)
-    number = next(_numbers)
-    graph = generated(f"def graph({', '.join(f'a{i}' for i in range(n_leaves))}):\n"
+    number, sep = next(_numbers), ",\n"  # one leaf a line: MindSpore complains of lines longer than its buffer
+    graph = generated(f"def graph({sep.join(f'a{i}' for i in range(n_leaves))}):\n"
                       f"    out = fn({', '.join(literals)})\n"
                       f"    note({number}, outline(out))\n"
                       f"    return flatten(out)\n",
@@ -226,14 +226,17 @@ def compiled(fn: Callable) -> Callable:
     keywords (hashable: a Config, functions, bools), and inlined when called from a function given to ``jit``.
     """
     host: dict[tuple, Callable] = {}
-    names = tuple(n for n, p in inspect.signature(fn).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
+    parameters = tuple(p for p in inspect.signature(fn).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     def from_python(args: tuple, static: dict) -> Any:
-        by_name = {k: static.pop(k) for k in names[len(args):] if k in static}
-        for name in names[len(args):]:
+        rest = parameters[len(args):]
+        by_name = {p.name: static.pop(p.name) for p in rest if p.name in static}
+        for p in rest:  # graph code gets positional arguments only
+            if p.name not in by_name and p.default is p.empty:
+                raise TypeError(f"{fn.__name__}: the argument {p.name!r} is missing")
             if not by_name:
                 break
-            args = (*args, by_name.pop(name, None))
+            args = (*args, by_name.pop(p.name, p.default))
         key = tuple(sorted(static.items(), key=lambda item: item[0]))
         if key not in host:
             def bound(*trees):

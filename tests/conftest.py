@@ -17,8 +17,8 @@ if importlib.util.find_spec("dsv3") is None:  # not installed: test the sources,
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
-import numpy as np
-import pytest
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 GOLDENS = ROOT / "tests" / "goldens"
 ALPHA, MTP_WEIGHT = 1e-2, 0.3  # of the golden training runs

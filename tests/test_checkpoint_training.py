@@ -246,7 +246,7 @@ def test_kill_at_random_moments(tmp_path):
         save(tmp_path / "timed", 1)
         duration = time.perf_counter() - start
         assert writer.stdout.readline() == "ready\n"
-        for kill in range(12):
+        for _ in range(12):
             writer.stdin.write(f"{tmp_path / 'run'} {next_step}\n")
             writer.stdin.flush()
             said, wait_for = [], next_step + chance.randrange(2)

@@ -88,7 +88,8 @@ def test_killed_at_random_moments_it_resumes_bit_for_bit(home):
     log = home / "killed" / "metrics.jsonl"
     for _ in range(3):
         seen = len(log.read_text().splitlines()) if log.exists() else 0
-        process = subprocess.Popen(command(home, "killed"), cwd=home, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env)
+        process = subprocess.Popen(command(home, "killed"), cwd=home, stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, env=env)
         deadline, wanted = time.time() + 200, seen + rng.randint(1, 7)
         while process.poll() is None and time.time() < deadline:
             if log.exists() and len(log.read_text().splitlines()) >= wanted:
@@ -106,7 +107,8 @@ def test_killed_at_random_moments_it_resumes_bit_for_bit(home):
     assert ours.keys() == whole.keys()
     assert [k for k in ours if ours[k] != whole[k]] == []
     same = ("step", "loss", "main_loss", "grad_norm", "balance")
-    assert [[r.get(k) for k in same] for r in log_of(home / "killed")] == [[r.get(k) for k in same] for r in log_of(home / "whole")]
+    killed, unbroken = ([[r.get(k) for k in same] for r in log_of(home / name)] for name in ("killed", "whole"))
+    assert killed == unbroken
 
 
 def test_sigterm_saves_and_exits(home):

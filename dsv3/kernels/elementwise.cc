@@ -8,6 +8,7 @@
 
 namespace {
 
+using dsv3::exp_nonpositive;
 using dsv3::parallel_for;
 
 constexpr int kLanes = 16;            // independent partial sums of a reduction: a vector register, or a few
@@ -91,25 +92,6 @@ void backward(int64_t rows, int64_t D, const float* x, const float* weight, floa
       for (int64_t j = 0; j < n; ++j) total[j] += partial[chunk * D + first + j];
     for (int64_t j = 0; j < n; ++j) dweight[first + j] = static_cast<float>(total[j]);
   });
-}
-
-// exp(x) for x <= 0 with a relative error below 3e-7; 0 below the smallest normal number; NaN for NaN. No
-// branches, so that the compiler vectorises it. 2^k r-polynomial: adding 1.5 * 2^23 leaves the integer k in
-// the low bits.
-inline float exp_nonpositive(float x) {
-  constexpr float magic = 12582912.0f, low = -87.33654f;
-  const float clamped = x < low ? low : x;
-  const float shifted = clamped * 1.44269504f + magic;
-  const float k = shifted - magic;
-  const float r = clamped - k * 0.693145751953125f - k * 1.42860682e-6f;
-  float q = 0.0013933652f;
-  q = q * r + 0.0083631817f;
-  q = q * r + 0.041666467f;
-  q = q * r + 0.16666576f;
-  q = q * r + 0.5f;
-  const float p = 1.0f + (r + r * r * q);
-  const float scale = __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) << 23) + 0x3f800000u);
-  return x < low ? 0.0f : p * scale;
 }
 
 inline float sigmoid(float x) {

@@ -11,7 +11,8 @@ from mindspore.ops.function.grad.grad_func import custom_vjp
 from mindspore.ops.primitive import constexpr
 
 from . import native
-from .grouped_matmul import grouped_matmul, iota
+from .grouped_matmul import grouped_matmul
+from .native import iota
 from .topk import count_experts
 
 

@@ -6,12 +6,12 @@ Rows are sorted by group and ``group_end`` holds the cumulative ends, so group e
 from __future__ import annotations
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops.function.grad.grad_func import custom_vjp
 from mindspore.ops.primitive import constexpr
 
 from . import native
+from .native import iota
 
 
 def grouped_matmul(x: Tensor, w: Tensor, group_end: Tensor) -> Tensor:
@@ -63,12 +63,6 @@ def grouped_matmul_reference(x: Tensor, w: Tensor, group_end: Tensor) -> Tensor:
 def _count_ends(ends: Tensor, positions: Tensor) -> Tensor:
     """The number of ends at or below each position: the index of the group that owns it."""
     return (ends.reshape(1, -1) <= positions.reshape(-1, 1)).astype(ms.int32).sum(1).astype(ms.int32)
-
-
-@constexpr
-def iota(n: int) -> Tensor:
-    """0 .. n-1, int32: a constant of the graph, where ops.arange adds 0.7 s to the compilation of each."""
-    return Tensor(np.arange(n, dtype=np.int32))
 
 
 @constexpr

@@ -10,7 +10,7 @@ from mindspore import Tensor, ops
 from mindspore.ops.primitive import constexpr
 
 from . import native
-from .grouped_matmul import iota
+from .native import iota
 
 GROUP_SCORES = ("top2", "max")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import ops
 
-from ..kernels.grouped_matmul import iota
+from ..kernels.native import iota
 from ..kernels.topk import choose_experts, count_experts
 
 

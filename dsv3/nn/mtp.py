@@ -20,16 +20,6 @@ def mtp_spec(cfg) -> dict:
     } | block_spec(cfg, is_moe=True)
 
 
-def shift(x, by: int):
-    """x[:, by:] with the last column repeated to keep the width. x: [B, T]; the repeats are for masked positions."""
-    if by == 0:
-        return x
-    T = x.shape[1]
-    if by >= T:
-        return x[:, T - 1:].broadcast_to(x.shape)
-    return ops.cat((x[:, by:], x[:, T - 1:].broadcast_to((x.shape[0], by))), axis=1)
-
-
 def mtp_input(params, embedded, hidden, *, cfg):
     """[RMSNorm(embedding of t+k); RMSNorm(previous hidden)] eh_proj, [B, T, D] each.
 
