@@ -399,3 +399,9 @@ def test_an_error_inside_leaves_the_boundary_usable():
     with pytest.raises(ValueError, match="expected something else, found this"):
         jit(wrong)(np.ones(2, f32))
     assert pieces({"w": np.ones(2, f32)}, np.ones(2, f32), power=3).asnumpy().tolist() == [1, 1]
+
+
+def test_a_missing_argument_is_named():
+    params, cfg = dsv3.init(dsv3.TINY.replace(num_hidden_layers=1, num_nextn_predict_layers=0)), dsv3.TINY
+    with pytest.raises(TypeError, match="forward: the argument 'tokens' is missing"):
+        dsv3.forward(params, position_ids=np.zeros((1, 4), np.int32), cfg=cfg)
