@@ -8,8 +8,10 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
+from mindspore.common.np_dtype import bfloat16
 
 from ..config import Config
+from ..kernels import cast
 from ..model import param_specs
 from ..spec import is_spec
 from ..tree import paths
@@ -59,38 +61,44 @@ def host(leaf: Any) -> np.ndarray:
     """Values of a leaf on the host, in C order; bfloat16 as uint16 bits. A view where possible."""
     if not isinstance(leaf, Tensor):
         return np.asarray(leaf, order="C")
-    if leaf.dtype == ms.bfloat16:  # asnumpy refuses bfloat16 under NumPy 2, and a cast to float32 alters NaNs
-        return np.frombuffer(leaf.get_bytes(), np.uint16).reshape(leaf.shape)
-    return np.asarray(leaf.asnumpy(), order="C")
+    values = np.asarray(leaf.asnumpy(), order="C")
+    return values.view(np.uint16) if leaf.dtype == ms.bfloat16 else values
 
 
 def tensor(array: np.ndarray, dtype: str) -> Tensor:
     """A Tensor with memory of its own from values of a file type ("BF16": uint16 bits), bit for bit."""
-    if dtype == "BF16":
-        return Tensor(Tensor.convert_bytes_to_tensor(array.tobytes(), array.shape, ms.bfloat16))
-    if not array.flags.aligned or not array.flags.c_contiguous:
-        array = array.copy(order="C")
-    return Tensor(array)
+    return adopt(np.array(array, order="C"), dtype)
+
+
+def adopt(array: np.ndarray, dtype: str) -> Tensor:
+    """A Tensor that takes over the memory of a C-contiguous array, which nothing else may use any more."""
+    return Tensor.from_numpy(array.view(bfloat16) if dtype == "BF16" else array)
+
+
+def _by_columns(array: np.ndarray) -> bool:
+    return array.ndim == 2 and array.strides[0] == array.itemsize and array.strides[1] > array.itemsize
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order: itself if it is, else a copy."""
+    return cast.transpose(array.T) if _by_columns(array) else np.ascontiguousarray(array)
 
 
 # -- conversions between F32, BF16 and F16 ---------------------------------------------------------------
 def bf16_bits(x: np.ndarray) -> np.ndarray:
     """float32 -> bfloat16 as uint16 bits, rounded to nearest, ties to even; NaN stays NaN."""
-    u = np.asarray(x, np.float32, order="C").view(np.uint32)
-    rounded = ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
-        np.uint16
-    )
-    quiet_nan = ((u >> np.uint32(16)) | np.uint32(0x40)).astype(np.uint16)
-    return np.where((u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000), quiet_nan, rounded)
+    return cast.narrow(np.asarray(x, np.float32))
 
 
 def bf16_values(bits: np.ndarray) -> np.ndarray:
     """bfloat16 as uint16 bits -> float32, exact."""
-    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return cast.widen(np.asarray(bits))
 
 
-def convert(array: np.ndarray, source: str, target: str, path: str) -> np.ndarray:
+def convert(array: np.ndarray, source: str, target: str, path: str, *, transposed: bool = False) -> np.ndarray:
     """Values of F32, BF16 or F16 as another of them, rounded to nearest even. ``path`` is for errors.
+
+    transposed: [m, n] -> [n, m]. A view when the type stays; ``contiguous`` makes it one in C order.
 
     Raises ValueError for any other type, and when a finite value does not fit into float16.
     """
@@ -98,7 +106,12 @@ def convert(array: np.ndarray, source: str, target: str, path: str) -> np.ndarra
         if dtype not in FLOATS.values():
             raise ValueError(f"{path}: is stored as {dtype}; expected one of {', '.join(FLOATS.values())}")
     if source == target:
-        return array
+        return array.T if transposed else array
+    if _by_columns(array):
+        array, transposed = array.T, not transposed
+    if {source, target} == {"BF16", "F32"}:
+        return (cast.widen if source == "BF16" else cast.narrow)(array, transposed=transposed)
+    array = cast.transpose(array) if transposed else array
     out = np.empty(array.shape, DTYPES[target])
     flat_in, flat_out = np.asarray(array, order="C").reshape(-1), out.reshape(-1)
     for i in range(0, flat_in.size, CHUNK):

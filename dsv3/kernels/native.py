@@ -43,20 +43,26 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def why_reference() -> str | None:
-    """None when the native kernels are used, else the reason why the composed references are."""
+def why_not_compiled() -> str | None:
+    """None when C++ for the host can be compiled and is wanted, else the reason why not."""
     choice = os.environ.get("DSV3_KERNELS", "auto")
     if choice not in ("auto", "native", "reference"):
         raise ValueError(f"DSV3_KERNELS={choice!r}: expected 'auto', 'native' or 'reference'")
     if choice == "reference":
         return "DSV3_KERNELS=reference"
-    if ms.get_context("device_target") != "CPU":
-        return f"device is {ms.get_context('device_target')}"
     if compiler() is None:
         if choice == "native":
             raise RuntimeError("DSV3_KERNELS=native needs a C++ compiler: install g++ or clang++, or set CXX")
         return "no C++ compiler (install g++ or clang++ for the fast kernels)"
     return None
+
+
+@functools.cache
+def why_reference() -> str | None:
+    """None when the native kernels are used in graphs, else the reason why the composed references are."""
+    if ms.get_context("device_target") != "CPU":
+        return f"device is {ms.get_context('device_target')}"
+    return why_not_compiled()
 
 
 def _cpu_flags() -> str:
