@@ -60,6 +60,7 @@ class Config:
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    mtp_share_embeddings: bool = True  # MTP modules use the main embedding and head, as released; a key of our own
     hidden_act: str = "silu"
     attention_bias: bool = False
     attention_dropout: float = 0.0
@@ -131,7 +132,7 @@ class Config:
                 raise FileNotFoundError(f"{path}: no such file; expected a config.json or the folder that holds one")
             try:
                 raw = json.loads(path.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: not JSON ({error})") from None
             if not isinstance(raw, dict):
                 raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
@@ -165,6 +166,8 @@ class Config:
         else:
             out, changed = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}, mine
             out |= {"torch_dtype": "bfloat16", "use_cache": True}
+            if self.mtp_share_embeddings:
+                del changed["mtp_share_embeddings"]  # not one of the released file's keys
         if "rope_scaling" in changed or "rope_theta" in changed:
             out.pop("rope_parameters", None)
             changed |= {k: mine[k] for k in ("rope_scaling", "rope_theta")}

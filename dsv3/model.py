@@ -214,14 +214,16 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
         p, n = params["mtp"][k - 1], T - k
         segments = None if segment_ids is None else segment_ids[:, :n]
         positions = None if batch.get("position_ids") is None else batch["position_ids"][:, :n]
-        x, load, loss = one_block(p, mtp_input(p, embedded[:, k:], handed_on[:, :n], cfg=cfg),
+        ahead = ops.gather(p["embed"], tokens[:, k:], 0) if "embed" in p else embedded[:, k:]
+        x, load, loss = one_block(p, mtp_input(p, ahead, handed_on[:, :n], cfg=cfg),
                                   rope_tables(positions, n, cfg=cfg), segments,
                                   _recomputes(recompute, cfg.num_hidden_layers + k - 1))
         loads, aux = loads + load, aux + loss
         normed = rms_norm(x, p["norm"], eps)
         handed_on = x if mtp_prenorm else normed
         further, further_weight = _further(labels, weight, segment_ids, k)
-        mtp_loss = mtp_loss + _mean(_token_losses(params, normed, further), further_weight, batch, k) / depths
+        losses = _token_losses(p if "head" in p else params, normed, further)
+        mtp_loss = mtp_loss + _mean(losses, further_weight, batch, k) / depths
 
     balance_loss = Tensor(0.0, ms.float32)
     for one in aux:

@@ -369,7 +369,7 @@ def test_folders(tmp_path, written):
     with pytest.raises(ValueError, match=r"missing 1 \(norm\)"):
         to_hf({k: v for k, v in params.items() if k != "norm"}, CFG, tmp_path / "new")
     big = params | {"norm": leaves.tensor(np.full(10, 1e6, np.float32), "F32")}
-    with pytest.raises(ValueError, match="norm: holds 1e.06, beyond float16's 65504"):
+    with pytest.raises(ValueError, match="norm'?: holds 1e.06, beyond float16's 65504"):
         to_hf(big, CFG, tmp_path / "new", dtype="float16")
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -514,6 +514,6 @@ def test_fp8_is_written_with_real_scales(tmp_path):
             params["layers"][1],
         )
     }
-    with pytest.raises(ValueError, match="layers.0.mlp.w_up holds values that are not finite"):
+    with pytest.raises(ValueError, match="layers.0.mlp.w_up'? holds values that are not finite"):
         to_hf(bad, WIDE, tmp_path / "bad", dtype="float8_e4m3fn")
     assert not (tmp_path / "bad").exists()

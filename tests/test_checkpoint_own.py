@@ -149,7 +149,7 @@ def rewritten(path: Path, change) -> None:
         path, "model", slots, ((n, array) for n, (_, array) in tensors.items()), "5GB", {}, always_index=True
     )
     (path / "manifest.json").unlink()
-    folder._write_manifest(path)
+    folder.write_manifest(path)
 
 
 @pytest.mark.parametrize(

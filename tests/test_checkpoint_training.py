@@ -368,7 +368,7 @@ def test_optimiser_tensors_must_be_those_of_the_outline(tmp_path):
         change(outline["opt_state"])
         (path / "training.json").write_text(json.dumps(outline))
         (path / "manifest.json").unlink()
-        folder._write_manifest(path)
+        folder.write_manifest(path)
         with pytest.raises(ValueError, match=words):
             load_training(path)
 

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ def _manifest_text(files: dict) -> str:
     return json.dumps({"crc32": zlib.crc32(body.encode()), "files": files}, indent=1)
 
 
-def _write_manifest(folder: Path) -> None:
-    files = {p.name: {"size": p.stat().st_size, "crc32": checksum(p)} for p in sorted(folder.iterdir())}
+def write_manifest(folder: Path) -> None:
+    """List size and checksum of every file of a folder, hidden ones and an older manifest aside."""
+    shown = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.name != MANIFEST]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        files = {p.name: {"size": p.stat().st_size, "crc32": crc} for p, crc in zip(shown, pool.map(checksum, shown))}
     write_text(folder / MANIFEST, _manifest_text(files))
 
 
@@ -89,7 +93,8 @@ def verify(folder: Path, names: Iterable[str] | None = None, checksums: bool = T
 
 
 # -- appearing whole -------------------------------------------------------------------------------------
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -154,13 +159,13 @@ def replace_folder(
     try:
         write(temporary)
         if with_manifest:
-            _write_manifest(temporary)
+            write_manifest(temporary)
         for p in others:
             if not (temporary / p.name).exists():
                 shutil.copy2(p, temporary / p.name)
         for p in temporary.iterdir():
-            _sync(p)
-        _sync(temporary)
+            sync(p)
+        sync(temporary)
         if not target.exists():
             os.rename(temporary, target)
         elif not _exchange(temporary, target):
@@ -173,7 +178,7 @@ def replace_folder(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     for old in (temporary, aside(target)):
         if old.exists():
             shutil.rmtree(old)

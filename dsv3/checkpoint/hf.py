@@ -1,76 +1,104 @@
 """Hugging Face checkpoints of DeepSeek-V3: read float or FP8 folders into our params, and write them back."""
-
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..config import Config
-from ..model import param_specs
-from ..spec import ParamSpec
-from ..tree import tree_map_with_path
-from . import fp8, leaves, shards
+from . import fp8, leaves, own, shards
 from .folder import MANIFEST, replace_folder, write_text
+from .layout import Part, Stored, StoredFile, one
 from .leaves import FLOATS
-from .names import IGNORED, SCALE, Published, is_mtp, published, to_leaf, to_published
+from .names import IGNORED, SCALE, Published, is_mtp, published
 from .own import CONFIG, MARKER
-from .safetensors_io import DTYPES, Slot
+from .safetensors_io import Slot
 from .shards import Shards
+from .source import FP8, Source, differing_copy, open_layout, params_source, read
 
 FP8_DTYPE = "float8_e4m3fn"
+HEAD = "lm_head.weight"
+SCALE_KINDS = (*FLOATS.values(), "F8_E8M0")
 
 
-# -- reading ---------------------------------------------------------------------------------------------
-def from_hf(
-    path: str | Path, dtype: str | None = None, layers: int | None = None, mtp: bool = True
-) -> tuple[Any, Config]:
+# -- reading -----------------------------------------------------------------------------------------------------------
+def from_hf(path: str | Path, dtype: str | None = None, layers: int | None = None, mtp: bool = True,
+            progress: bool | None = None) -> tuple[Any, Config]:
     """(params, cfg) of a folder with config.json and safetensors, one file or several with an index.
 
-    Accepts float32, bfloat16, float16, and FP8 E4M3 with block scales, which become float(code) * scale in
-    float32. dtype: float32, bfloat16 or float16; None keeps what is stored, and takes the config's
-    torch_dtype when that is FP8 or a mixture. The router bias is always float32. layers: read only the first
-    so many main blocks, and cut the config to them. mtp=False leaves the MTP modules out, there or not. At
-    most two copies of one leaf are held beside the result. Raises FileNotFoundError, or ValueError naming the
-    tensor and the remedy.
+    Accepts float32, bfloat16, float16, and FP8 E4M3 with block scales (float or E8M0), which become float(code) * scale
+    in float32. dtype: float32, bfloat16 or float16; None keeps what is stored, and takes the config's torch_dtype when
+    that is FP8 or a mixture. The router bias is always float32. layers: read only the first so many main blocks, and cut
+    the config to them. mtp=False leaves the MTP modules out, there or not. progress: a bar with bytes a second on
+    stderr; None shows it on a terminal. At most two copies of one leaf are held beside the result. Raises
+    FileNotFoundError, or ValueError naming the tensor and the remedy.
     """
+    source = open_hf(path, layers, mtp)
+    check_copies(source)
+    return own.read_params(source, dtype, progress), source.cfg
+
+
+def open_hf(path: str | Path, layers: int | None = None, mtp: bool = True) -> Source:
+    """A Hugging Face folder as a Source; names, types and shapes are checked, values are not read. Arguments as ``from_hf``."""
     path = Path(path)
     whole, block = _read_config(path)
     cfg = _cut(whole, layers, mtp)
     opened = shards.open_shards(path)
     everything = published(whole)
-    if whole.tie_word_embeddings and "lm_head.weight" in opened.home:  # some writers repeat a tied head
-        everything += (dataclasses.replace(everything[0], name="lm_head.weight", copy=True),)
+    if whole.tie_word_embeddings and HEAD in opened.home:  # some writers repeat a tied head
+        everything += (dataclasses.replace(everything[0], name=HEAD, copy=True),)
     wanted = _wanted(everything, whole, cfg)
     _check_names(path, opened, everything, wanted, whole, mtp)
+    files: dict[str, list[Stored]] = {}
     for t in wanted:
-        if opened.slot(t.name).shape != t.shape:
-            raise ValueError(
-                f"{_where(opened, t.name)} has shape {list(opened.slot(t.name).shape)}; the config asks for "
-                f"{list(t.shape)}"
-            )
-    target = leaves.float_dtype(dtype) if dtype else _stored_dtype(path, opened, wanted, whole)
-    _check_copies(opened, wanted)
-    parts: dict[str, list[Published]] = {}
-    for t in wanted:
-        if not t.copy:
-            parts.setdefault(t.path, []).append(t)
+        for stored in _stored(opened, t, _renamed(t.name, whole, cfg), block):
+            files.setdefault(opened.home[stored.name].path.name, []).append(stored)
 
-    def leaf(name: str, spec: ParamSpec) -> Any:
-        kind = FLOATS[spec.dtype] if spec.dtype else target
-        if len(parts[name]) == 1 and parts[name][0].expert is None:
-            values = to_leaf(_values(opened, parts[name][0], kind, block), parts[name][0])
-        else:
-            values = np.empty(spec.shape, DTYPES[kind])
-            for t in parts[name]:
-                values[t.expert] = to_leaf(_values(opened, t, kind, block), t)
-        return leaves.tensor(values, kind)
+    def raw(file: str, tensor: str) -> tuple[str, Any]:
+        return opened.slot(tensor).dtype, opened.read(tensor).reshape(-1)
 
-    return tree_map_with_path(leaf, param_specs(cfg)), cfg
+    return open_layout(str(path), "hf", cfg, (StoredFile(name, tuple(tensors)) for name, tensors in files.items()), raw,
+                       block=block, paths=tuple(file.path for file in opened.files))
+
+
+def _renamed(name: str, whole: Config, cfg: Config) -> str:
+    """The published name in the cut-down model: its MTP modules follow fewer blocks."""
+    if not is_mtp(name, whole):
+        return name
+    parts = name.split(".")
+    parts[2] = str(int(parts[2]) - whole.num_hidden_layers + cfg.num_hidden_layers)
+    return ".".join(parts)
+
+
+def _stored(opened: Shards, t: Published, name: str, block: tuple[int, int]) -> list[Stored]:
+    """What the files hold of one published tensor, under its own and its new name."""
+    slot, where = opened.slot(t.name), f"{opened.home[t.name].path}: tensor {t.name!r}"
+    if slot.shape != t.shape:
+        raise ValueError(f"{where} has shape {list(slot.shape)}; the config asks for {list(t.shape)}")
+    if slot.dtype != FP8:
+        if slot.dtype not in FLOATS.values():
+            raise ValueError(f"{where}: is stored as {slot.dtype}; expected one of {', '.join([*FLOATS.values(), FP8])}")
+        return [one(t.name, Part(name, t.shape))]
+    if not t.quantised:
+        raise ValueError(f"{where} is FP8; expected one of {', '.join(FLOATS.values())}: it has no block scales")
+    scale, shape = opened.slot(t.name + SCALE), fp8.scale_shape(t.shape, block)
+    if scale.dtype not in SCALE_KINDS or scale.shape != shape:
+        raise ValueError(f"{opened.home[scale.name].path}: tensor {scale.name!r} is {scale.dtype} {list(scale.shape)}; "
+                         f"expected F32 {list(shape)}: one scale per block of {list(block)}")
+    return [one(t.name, Part(name, t.shape, field="codes")), one(scale.name, Part(name, shape, field="scales"))]
+
+
+def check_copies(source: Source) -> None:
+    """MTP's copies of the embedding and the head must equal the main ones: we keep one of each. Raises ValueError."""
+    tensors = published(source.cfg)
+    if source.cfg.tie_word_embeddings and (HEAD, "values") in source.places:
+        tensors += (dataclasses.replace(tensors[0], name=HEAD, copy=True),)
+    if found := differing_copy(source, tensors):
+        copy, main, row = found
+        raise ValueError(f"{source.where(copy)} differs from {main!r} (first in row {row}), but the model has one tensor for "
+                         f"both; to keep them apart set mtp_share_embeddings to false in config.json, or leave MTP out by "
+                         f"mtp=False")
 
 
 def _read_config(path: Path) -> tuple[Config, tuple[int, int]]:
@@ -125,10 +153,6 @@ def _wanted(everything: tuple[Published, ...], whole: Config, cfg: Config) -> li
     return [t for t in everything if keeps(t)]
 
 
-def _where(opened: Shards, name: str) -> str:
-    return f"{opened.home[name].path}: tensor {name!r}"
-
-
 def _check_names(
     path: Path,
     opened: Shards,
@@ -165,139 +189,58 @@ def _check_names(
     leaves.check_names(str(path), [name for name in found if name in needed or name not in allowed], needed)
 
 
-def _stored_dtype(path: Path, opened: Shards, wanted: list[Published], cfg: Config) -> str:
-    """The file type of all weights, or the config's torch_dtype when they are FP8 or of several types."""
-    kinds = {opened.slot(t.name).dtype for t in wanted if not t.float32}
-    if len(kinds) == 1 and kinds <= set(FLOATS.values()):
-        return kinds.pop()
-    raw = json.loads(cfg.released)
-    named = raw.get("torch_dtype", raw.get("dtype"))
-    if named not in FLOATS:
-        raise ValueError(
-            f"{path}: the tensors are {', '.join(sorted(kinds))} and torch_dtype in config.json is "
-            f"{named!r}; say dtype='bfloat16' or another of {', '.join(FLOATS)}"
-        )
-    return FLOATS[named]
-
-
-def _check_copies(opened: Shards, wanted: list[Published]) -> None:
-    """MTP's copies of the embedding and the head must equal the main ones: we keep one of each."""
-    main = {t.path: t.name for t in wanted if not t.copy}
-    for t in wanted:
-        if not t.copy:
-            continue
-        a, b = opened.slot(t.name).dtype, opened.slot(main[t.path]).dtype
-        mine, other = opened.read(t.name), opened.read(main[t.path])
-        for i in range(0, t.shape[0], 4096):
-            x, y = mine[i : i + 4096], other[i : i + 4096]
-            if a != b:
-                x, y = leaves.convert(x, a, "F32", t.name), leaves.convert(y, b, "F32", main[t.path])
-            if not np.array_equal(x.view(f"u{x.itemsize}"), y.view(f"u{y.itemsize}")):
-                row = i + int(np.argmax((x != y).any(axis=1)))
-                raise ValueError(
-                    f"{_where(opened, t.name)} differs from {main[t.path]!r} (first in row {row}), but "
-                    f"the model has one tensor for both; if it belongs to MTP, leave that out by mtp=False"
-                )
-
-
-def _values(opened: Shards, t: Published, kind: str, block: tuple[int, int]) -> np.ndarray:
-    """One published tensor in the wanted type, its own orientation."""
-    stored, where = opened.slot(t.name).dtype, _where(opened, t.name)
-    if stored != "F8_E4M3":
-        return leaves.convert(opened.read(t.name), stored, kind, where)
-    if not t.quantised:
-        raise ValueError(
-            f"{where} is FP8; expected one of {', '.join(FLOATS.values())}: it has no block scales"
-        )
-    name = t.name + SCALE
-    if opened.slot(name).dtype not in FLOATS.values() or opened.slot(name).shape != fp8.scale_shape(
-        t.shape, block
-    ):
-        raise ValueError(
-            f"{_where(opened, name)} is {opened.slot(name).dtype} {list(opened.slot(name).shape)}; expected "
-            f"F32 {list(fp8.scale_shape(t.shape, block))}: one scale per block of {list(block)}"
-        )
-    scales = leaves.convert(opened.read(name), opened.slot(name).dtype, "F32", name)
-    if not np.all(np.isfinite(scales)) or scales.min(initial=0) < 0:
-        bad = np.argwhere(~(np.isfinite(scales) & (scales >= 0)))[0]
-        raise ValueError(
-            f"{_where(opened, name)} has the scale {scales[tuple(bad)]} at {bad.tolist()}; expected finite "
-            f"numbers of at least 0"
-        )
-    return leaves.convert(fp8.dequantise(opened.read(t.name), scales, block), "F32", kind, where)
-
-
-# -- writing ---------------------------------------------------------------------------------------------
-def to_hf(
-    params: Any, cfg: Config, path: str | Path, dtype: str = "bfloat16", max_shard_size: int | str = "5GB"
-) -> Path:
+# -- writing -----------------------------------------------------------------------------------------------------------
+def to_hf(params: Any, cfg: Config, path: str | Path, dtype: str = "bfloat16", max_shard_size: int | str = "5GB") -> Path:
     """Write params as a Hugging Face folder of config.json and safetensors; returns its path.
 
-    dtype: float32, bfloat16, float16, or float8_e4m3fn (128 x 128 blocks with scales amax/448, the rest
-    bfloat16, as released). MTP's copies of the embedding and the head are written again. The folder is
-    complete before it takes its name; files that are not weights (a tokenizer) are kept when it existed.
-    Raises ValueError when params do not fit cfg, or when the path holds something that this would not
-    replace.
+    dtype: float32, bfloat16, float16, or float8_e4m3fn (128 x 128 blocks with scales amax/448, the rest bfloat16, as
+    released). MTP's copies of the embedding and the head are written again. The folder is complete before it takes its
+    name; files that are not weights (a tokenizer) are kept when it existed. Raises ValueError when params do not fit cfg,
+    or when the path holds something that this would not replace.
     """
-    found = leaves.check_params(params, cfg)
-    is_fp8 = dtype == FP8_DTYPE
-    if not is_fp8 and dtype not in FLOATS:
-        raise ValueError(f"dtype={dtype!r}; expected one of {', '.join([*FLOATS, FP8_DTYPE])}")
-    kind = "BF16" if is_fp8 else FLOATS[dtype]
-    tensors = published(cfg)
-    slots = []
-    for t in tensors:
-        blocks = is_fp8 and t.quantised
-        slots.append(Slot(t.name, "F8_E4M3" if blocks else "F32" if t.float32 else kind, t.shape))
-        if blocks:
-            slots.append(Slot(t.name + SCALE, "F32", fp8.scale_shape(t.shape)))
-    out = {k: v for k, v in cfg.to_hf().items() if k != "quantization_config"}
-    out.update({key: {"BF16": "bfloat16"}.get(kind, dtype) for key in ("torch_dtype", "dtype") if key in out})
-    if is_fp8:
-        out["quantization_config"] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": list(fp8.BLOCK),
-        }
+    source = params_source(params, cfg)
+    kind = storage_kind(dtype)
+    tensors = hf_tensors(cfg, dtype == FP8_DTYPE)
+    slots = [Slot(t.name, t.dtype or kind, t.shape) for t in tensors]
 
     def fill(new: Path) -> None:
-        write_text(new / CONFIG, json.dumps(out, indent=2))
-        shards.write_shards(
-            new,
-            "model",
-            slots,
-            _arrays(found, tensors, kind, is_fp8),
-            max_shard_size,
-            {"format": "pt"},
-            always_index=False,
-        )
+        write_text(new / CONFIG, json.dumps(config_json(cfg, dtype), indent=2))
+        arrays = ((t.name, read(source, t.chunks[0].parts[0], t.dtype or kind)) for t in tensors)
+        shards.write_shards(new, "model", slots, arrays, max_shard_size, {"format": "pt"}, always_index=False)
 
     return replace_folder(path, fill, is_ours=_ownership(Path(path)), with_manifest=False)
 
 
-def _arrays(
-    found: dict[str, Any], tensors: tuple[Published, ...], kind: str, is_fp8: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, values) of every tensor to write, leaf after leaf, so that one leaf is on the host at a time."""
-    by_leaf: dict[str, list[Published]] = {}
-    for t in tensors:
-        by_leaf.setdefault(t.path, []).append(t)
-    for path, parts in by_leaf.items():
-        stored, values = leaves.dtype_of(found[path], path), leaves.host(found[path])
-        for t in parts:
-            part = to_published(values, t)
-            if not (is_fp8 and t.quantised):
-                yield t.name, leaves.convert(part, stored, "F32" if t.float32 else kind, path)
-                continue
-            wide = leaves.convert(part, stored, "F32", path)
-            if not np.all(np.isfinite(wide)):
-                raise ValueError(
-                    f"params: {path} holds values that are not finite; FP8 blocks cannot be scaled to them"
-                )
-            codes, scales = fp8.quantise(wide)
-            yield t.name, codes
-            yield t.name + SCALE, scales
+def storage_kind(dtype: str) -> str:
+    """The file type of weights that are not quantised, for a dtype of ``to_hf``. Raises ValueError for an unknown one."""
+    if dtype not in (*FLOATS, FP8_DTYPE):
+        raise ValueError(f"dtype={dtype!r}; expected one of {', '.join([*FLOATS, FP8_DTYPE])}")
+    return "BF16" if dtype == FP8_DTYPE else FLOATS[dtype]
+
+
+def hf_tensors(cfg: Config, is_fp8: bool) -> list[Stored]:
+    """What a Hugging Face checkpoint holds, in the order of our params; with ``is_fp8`` codes and scales as released."""
+    out = []
+    for t in published(cfg):
+        if is_fp8 and t.quantised:
+            out.append(one(t.name, Part(t.name, t.shape, field="codes"), dtype=FP8))
+            out.append(one(t.name + SCALE, Part(t.name, fp8.scale_shape(t.shape), field="scales"), dtype="F32"))
+        else:
+            out.append(one(t.name, Part(t.name, t.shape), dtype="F32" if t.float32 else None))
+    return out
+
+
+def config_json(cfg: Config, dtype: str, ue8m0: bool = False) -> dict[str, Any]:
+    """The config.json of a checkpoint stored in ``dtype``: torch_dtype and quantization_config say what is there."""
+    out = {k: v for k, v in cfg.to_hf().items() if k != "quantization_config"}
+    named = "bfloat16" if dtype == FP8_DTYPE else dtype
+    out.update({key: named for key in [key for key in ("torch_dtype", "dtype") if key in out] or ["torch_dtype"]})
+    if dtype == FP8_DTYPE:
+        out["quantization_config"] = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                                      "weight_block_size": list(fp8.BLOCK)}
+        if ue8m0:
+            out["quantization_config"]["scale_fmt"] = "ue8m0"
+    return out
 
 
 def _ownership(path: Path) -> Any:

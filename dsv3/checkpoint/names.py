@@ -2,7 +2,7 @@
 
 Published weights are [out, in] and one tensor per expert; ours are [in, out] and stacked over the experts.
 MTP module k is published as block ``num_hidden_layers + k``, with copies of the embedding and the head that
-we keep once.
+we keep once, unless the config says ``mtp_share_embeddings=False``: then each module has its own.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def published(cfg: Config) -> tuple[Published, ...]:
     specs = dict(paths(param_specs(cfg), is_spec))
     for path, spec in specs.items():
         prefix, key = _place(path, cfg)
-        name = (_MTP.get(key) if path.startswith("mtp.") else None) or _PLAIN.get(key) or _QUANTISED[key]
+        name = ((_MTP | _MTP_COPIES).get(key) if path.startswith("mtp.") else None) or _PLAIN.get(key) or _QUANTISED[key]
         quantised, float32 = key in _QUANTISED, spec.dtype == "float32"
-        turned = len(spec.shape) > 1 and path != "embed"
+        turned = len(spec.shape) > 1 and key != "embed"
         shape = spec.shape[:-2] + (spec.shape[-1], spec.shape[-2]) if turned else spec.shape
         if len(shape) == 3:
             out += [
@@ -87,7 +87,7 @@ def published(cfg: Config) -> tuple[Published, ...]:
             ]
         else:
             out.append(Published(prefix + name, shape, path, None, turned, quantised, float32=float32))
-    for k in range(cfg.num_nextn_predict_layers):
+    for k in range(cfg.num_nextn_predict_layers if cfg.mtp_share_embeddings else 0):
         for main, name in _MTP_COPIES.items():
             path = main if main in specs else "embed"  # a tied head is the embedding
             shape = specs["embed"].shape

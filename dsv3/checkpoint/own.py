@@ -7,11 +7,14 @@ size and CRC-32 of every file. The folder appears whole or not at all.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ..config import Config
 from ..model import param_specs
@@ -19,12 +22,15 @@ from ..spec import is_spec
 from ..tree import paths, tree_map_with_path
 from . import folder, leaves, shards
 from .folder import MANIFEST, read_json, replace_folder, write_text
+from .layout import PIECE, StoredFile, cut
 from .leaves import FLOATS
-from .safetensors_io import Slot
+from .safetensors_io import DTYPES, Slot
+from .source import Source, open_layout, own_tensors, read_chunk, stored_kind
 
 MARKER = "dsv3"  # the key of config.json that says: these are our names and layout
 VERSION = 1
 CONFIG = "config.json"
+THREADS = min(os.cpu_count() or 1, 8)  # that read and convert
 INDEX = "model.safetensors.index.json"
 
 
@@ -87,10 +93,8 @@ def write_model(
         for path, leaf in found.items():  # one leaf on the host at a time
             yield path, leaves.convert(leaves.host(leaf), stored[path], kept[path], path)
 
-    out = cfg.to_hf() | {MARKER: {"format": "params", "version": VERSION}}
     common = leaves.common_dtype({path: kind for path, kind in kept.items() if path not in fixed})
-    out.update({key: common for key in ("torch_dtype", "dtype") if common and key in out})
-    write_text(new / CONFIG, json.dumps(out, indent=2))
+    write_text(new / CONFIG, json.dumps(config_json(cfg, common), indent=2))
     slots = [Slot(path, kept[path], tuple(leaf.shape)) for path, leaf in found.items()]
     shards.write_shards(new, "model", slots, arrays(), max_shard_size, {"format": MARKER}, always_index=True)
 
@@ -117,6 +121,67 @@ def read_config(path: Path) -> Config:
         return Config.from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG}: {error}") from None
+
+
+def open_own(path: str | Path) -> Source:
+    """A folder written by ``save``, or one of a training run, as a Source; names, types, shapes and sizes are checked."""
+    path = Path(path)
+    cfg = read_config(path)
+    folder.verify(path, checksums=False)
+    opened = shards.open_shards(path)
+    tensors = own_tensors(cfg)
+    leaves.check_names(str(path), opened.home, [t.name for t in tensors])
+    files: dict[str, list] = {}
+    for t in tensors:
+        slot, where = opened.slot(t.name), f"{opened.home[t.name].path}: tensor {t.name!r}"
+        if slot.shape != t.shape:
+            raise ValueError(f"{where} has shape {list(slot.shape)}; the config asks for {list(t.shape)}")
+        if slot.dtype not in ([t.dtype] if t.dtype else FLOATS.values()):
+            raise ValueError(f"{where} is {slot.dtype}; expected {t.dtype or ' or '.join(FLOATS.values())}")
+        files.setdefault(opened.home[t.name].path.name, []).append(t)
+
+    def raw(file: str, tensor: str) -> tuple[str, np.ndarray]:
+        return opened.slot(tensor).dtype, opened.read(tensor).reshape(-1)
+
+    return open_layout(str(path), "own", cfg, (StoredFile(name, tuple(held)) for name, held in files.items()), raw,
+                       paths=tuple(file.path for file in opened.files))
+
+
+def config_json(cfg: Config, dtype: str | None) -> dict[str, Any]:
+    """The config.json of our own format: the released keys, the type of the weights where it is one, and our marker."""
+    out = cfg.to_hf() | {MARKER: {"format": "params", "version": VERSION}}
+    out.update({key: dtype for key in ("torch_dtype", "dtype") if dtype and key in out})
+    return out
+
+
+def read_params(source: Source, dtype: str | None = None, progress: bool | None = None) -> Any:
+    """The params of an open checkpoint of any layout, leaf by leaf, a leaf in pieces and in parallel.
+
+    dtype: float32, bfloat16 or float16, None as stored. Beside the result a few pieces are held. progress: a bar on
+    stderr, None on a terminal only.
+    """
+    target = leaves.float_dtype(dtype) if dtype else stored_kind(source)
+    tensors = {t.name: t for t in own_tensors(source.cfg)}
+    specs = param_specs(source.cfg)
+    total = sum(spec.size * DTYPES[FLOATS.get(spec.dtype, target)].itemsize for _, spec in paths(specs, is_spec))
+    with (tqdm(total=total, unit="B", unit_scale=True, disable=None if progress is None else not progress) as bar,
+          ThreadPoolExecutor(THREADS) as pool):
+
+        def leaf(path: str, spec: Any) -> Any:
+            stored, kind = tensors[path], FLOATS.get(spec.dtype, target)
+            pieces = [piece for chunk in stored.chunks for piece in cut(chunk, PIECE)]
+            values = np.empty(spec.size, DTYPES[kind])
+            ends = np.cumsum([piece.size for piece in pieces])
+
+            def fill(i: int) -> None:
+                part = values[ends[i] - pieces[i].size : ends[i]]
+                part.reshape(pieces[i].shape)[...] = leaves.contiguous(read_chunk(source, pieces[i], kind))
+                bar.update(part.nbytes)
+
+            list(pool.map(fill, range(len(pieces))))
+            return leaves.adopt(values.reshape(spec.shape), kind)
+
+        return tree_map_with_path(leaf, specs)
 
 
 def read_model(path: Path, cfg: Config, dtype: str | None) -> Any:

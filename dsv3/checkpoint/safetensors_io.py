@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +26,7 @@ DTYPES = {
         ("I8", "i1"),
         ("F8_E5M2", "u1"),
         ("F8_E4M3", "u1"),
+        ("F8_E8M0", "u1"),
         ("I16", "<i2"),
         ("U16", "<u2"),
         ("F16", "<f2"),
@@ -232,6 +233,25 @@ def write(writer: Writer, name: str, array: np.ndarray) -> None:
     if slot.nbytes:
         write_bytes(writer.file, memoryview(np.asarray(array, order="C").reshape(-1).view(np.uint8)))
     del writer.pending[name]
+
+
+def append(writer: Writer, name: str, array: np.ndarray) -> None:
+    """Write the next elements of a tensor, in C order; a tensor may come in any number of pieces, mixed with others.
+
+    Raises ValueError when the name is unknown or full, the type is not the declared one, or there is too much.
+    """
+    slot = writer.pending.get(name)
+    if slot is None or array.dtype != DTYPES[slot.dtype] or array.nbytes > slot.end - slot.start:
+        raise ValueError(
+            f"{writer.path}: tensor {name!r} has {0 if slot is None else slot.end - slot.start} bytes of "
+            f"{slot and slot.dtype} to come but is given {array.nbytes} of {array.dtype}"
+        )
+    writer.file.seek(writer.offset + slot.start)
+    write_bytes(writer.file, memoryview(np.asarray(array, order="C").reshape(-1).view(np.uint8)))
+    if slot.start + array.nbytes == slot.end:
+        del writer.pending[name]
+    else:
+        writer.pending[name] = replace(slot, start=slot.start + array.nbytes)
 
 
 def finish(writer: Writer) -> None:

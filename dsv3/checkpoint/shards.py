@@ -37,17 +37,33 @@ def parse_size(size: int | str) -> int:
     return nbytes
 
 
-def _split(slots: Iterable[Slot], most: int) -> list[list[Slot]]:
-    """Consecutive groups of at most ``most`` bytes; a tensor larger than that gets a file of its own."""
+def deal(
+    slots: Iterable[Slot], stem: str, most: int, *, always_index: bool
+) -> tuple[dict[str, list[Slot]], dict[str, str]]:
+    """Consecutive files of at most ``most`` bytes, a larger tensor in a file of its own, and the index's text.
+
+    ``stem``-00001-of-0000N.safetensors ... and ``stem``.safetensors.index.json; one file without an index,
+    ``stem``.safetensors, when one is enough, unless ``always_index``. Returns ({file: slots}, {index: text}).
+    """
     groups: list[list[Slot]] = [[]]
-    size = 0
+    size = total = 0
     for slot in slots:
         if groups[-1] and size + slot.nbytes > most:
             groups.append([])
             size = 0
         groups[-1].append(slot)
         size += slot.nbytes
-    return groups
+        total += slot.nbytes
+    if len(groups) == 1 and not always_index:
+        return {f"{stem}.safetensors": groups[0]}, {}
+    files = {
+        f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)
+    }
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {slot.name: name for name, group in files.items() for slot in group},
+    }
+    return files, {f"{stem}.safetensors.index.json": json.dumps(index, indent=2)}
 
 
 def write_shards(
@@ -60,20 +76,17 @@ def write_shards(
     *,
     always_index: bool,
 ) -> None:
-    """Write ``stem``-00001-of-0000N.safetensors ... and ``stem``.safetensors.index.json.
+    """Write the files and the index of ``deal``.
 
     ``arrays`` yields (name, array) once for each slot, in any order, so the caller decides what is in memory
-    at once. One file without an index, ``stem``.safetensors, when one is enough, unless ``always_index``.
+    at once.
     """
-    groups = _split(slots, parse_size(max_shard_size))
-    names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    if len(groups) == 1 and not always_index:
-        names = [f"{stem}.safetensors"]
+    files, texts = deal(slots, stem, parse_size(max_shard_size), always_index=always_index)
     writers = []
     try:
-        for name, group in zip(names, groups):
+        for name, group in files.items():
             writers.append(safetensors_io.create(folder / name, group, metadata))
-        home = {slot.name: writer for writer, group in zip(writers, groups) for slot in group}
+        home = {slot.name: writer for writer, group in zip(writers, files.values()) for slot in group}
         for name, array in arrays:
             safetensors_io.write(home[name], name, array)
         for writer in writers:
@@ -81,12 +94,8 @@ def write_shards(
     finally:
         for writer in writers:
             writer.file.close()
-    if len(groups) > 1 or always_index:
-        index = {
-            "metadata": {"total_size": sum(s.nbytes for s in slots)},
-            "weight_map": {slot.name: name for name, group in zip(names, groups) for slot in group},
-        }
-        write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2))
+    for name, text in texts.items():
+        write_text(folder / name, text)
 
 
 @dataclass(frozen=True)

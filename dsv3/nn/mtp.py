@@ -10,14 +10,16 @@ from .block import block_spec
 
 
 def mtp_spec(cfg) -> dict:
-    """Leaves of one MTP module: its two input norms, the projection, its own output norm, and a MoE block."""
-    D = cfg.hidden_size
+    """Leaves of one MTP module: its two input norms, the projection, its own output norm, and a MoE block; with
+    ``mtp_share_embeddings=False`` an embedding and a head of its own."""
+    D, W, std = cfg.hidden_size, cfg.vocab_size, normal(cfg.initializer_range)
+    own = {"embed": ParamSpec((W, D), ("vocab", "embed"), std), "head": ParamSpec((D, W), ("embed", "vocab"), std)}
     return {
         "enorm": ParamSpec((D,), ("embed",), ones),
         "hnorm": ParamSpec((D,), ("embed",), ones),
         "eh_proj": ParamSpec((2 * D, D), (None, "embed"), normal(cfg.initializer_range)),
         "norm": ParamSpec((D,), ("embed",), ones),
-    } | block_spec(cfg, is_moe=True)
+    } | block_spec(cfg, is_moe=True) | ({} if cfg.mtp_share_embeddings else own)
 
 
 def mtp_input(params, embedded, hidden, *, cfg):
