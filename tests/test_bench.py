@@ -21,6 +21,7 @@ import pytest
 
 from dsv3.bench import __main__ as cli
 from dsv3.bench import blocks, data, depth, kernels, measure, peer, train
+from dsv3.bench import cast as cast_bench
 from dsv3.counts import counts
 
 native_only = pytest.mark.skipif(
@@ -187,6 +188,17 @@ def test_cases_pair_a_kernel_with_its_reference(micro, monkeypatch):
 
 def _called_name(fn):
     return dict(zip(fn.__code__.co_freevars, (c.cell_contents for c in fn.__closure__)))["fn"].__name__
+
+
+@native_only
+def test_cast_compares_the_same_work(capsys):
+    for name, (ours, reference, _) in cast_bench.cases(130, 200).items():
+        a, b = ours(), reference()
+        if isinstance(b, np.ndarray) and isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b, name)
+    r = cast_bench.casts(130, 200, rounds=2, only=["widen"])
+    assert r["casts"]["widen"]["ratio"]["n"] == 2 and "widen" in cast_bench.table(r)
+    assert cli.main(["cast", "--only", "nothing"]) == 1 and "nothing" in capsys.readouterr().err
 
 
 def test_data_feeds_the_step(micro):

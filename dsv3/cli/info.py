@@ -1,7 +1,8 @@
-"""``dsv3 info``: the sizes of a preset or of a checkpoint's config."""
+"""``dsv3 info``: the sizes of a preset or of a checkpoint, and what a checkpoint's files hold."""
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -9,7 +10,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("info", help="parameters, operations and bytes of a model",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("model", help="a preset (V3, V3_4LAYER, V3_1B, V3_16EXPERTS, SMALL, TINY), a config.json, or a "
-                                 "checkpoint folder")
+                                 "checkpoint folder of any layout")
+    p.add_argument("--config", default=None, help="the model of a checkpoint without config.json: a preset, a file or a folder")
     p.add_argument("--context", type=int, default=4096, help="tokens of a row, for the cost of attention")
     p.set_defaults(run=run)
 
@@ -32,11 +34,18 @@ def run(args: argparse.Namespace) -> None:
 
     if args.context < 1:
         raise ValueError(f"--context {args.context}: expected at least 1")
-    cfg = find_config(args.model)
+    rows: list[tuple[str, str]] = []
+    if Path(args.model).is_dir() and any(p.name != "config.json" for p in Path(args.model).iterdir()):
+        from ..checkpoint import formats
+
+        source = formats.open_checkpoint(args.model, cfg=find_config(args.config) if args.config else None)
+        cfg, rows = source.cfg, formats.describe(source)
+    else:
+        cfg = find_config(args.model)
     c = counts(cfg, args.context)
     layers = f"{cfg.num_hidden_layers} ({cfg.num_hidden_layers - cfg.num_moe_layers} dense, {cfg.num_moe_layers} MoE)"
     experts = f"{cfg.n_routed_experts} in {cfg.n_group} groups, {cfg.num_experts_per_tok} a token, {cfg.n_shared_experts} shared"
-    rows = [
+    rows += [
         ("layers", layers), ("hidden size", f"{cfg.hidden_size:,}"), ("experts", experts),
         ("MTP modules", f"{cfg.num_nextn_predict_layers}"), ("parameters, main model", f"{c.main:,}"),
         ("parameters, MTP only", f"{c.mtp:,}"), ("parameters, total", f"{c.main + c.mtp:,}"),

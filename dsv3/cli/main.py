@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from .. import __version__
-from . import data, generate, info, train
+from . import convert, data, generate, info, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,13 +13,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dsv3", description="DeepSeek-V3 as pure functions, compiled by MindSpore.")
     parser.add_argument("--version", action="version", version=f"dsv3 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (train, generate, info, data):
+    for module in (train, convert, generate, info, data):
         module.add(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        print(f"dsv3 {args.command}: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         return 0
+    except (ValueError, OSError) as error:  # OSError: also a full disk, which names the file
+        print(f"dsv3 {args.command}: {error}", file=sys.stderr)
+        return 1
