@@ -137,31 +137,33 @@ def test_a_killed_conversion_goes_on(tmp_path, commands, big, form, how):
     assert commands.run(big, tmp_path / "undisturbed", *argv) == (0, [])
     took = time.perf_counter() - begin
     out, work = tmp_path / "out", tmp_path / ".convert-out"
-    kills, before, resumed = 0, {}, 0
-    while True:
-        assert kills < 60
-        die = {}
-        if how == "before some operation":
-            die["die"] = 4 * kills + (rng.randrange(20, 30) if form == "own" else rng.randrange(200, 400))
-        pid = commands.start(big, out, *argv, **die)
-        if not die:
-            time.sleep(rng.random() * took * (0.1 + kills / 20))  # longer and longer: there is an end
-            os.kill(pid, signal.SIGKILL)
-        code, lines = commands.finish(pid)
-        resumed += any("resuming" in line for line in lines)
-        if code == 0 or out.exists():  # it was killed after it had finished
-            break
-        assert code == -signal.SIGKILL
-        now = finished(work)
-        assert before.items() <= now.items()  # what was whole was not written again
-        kills, before = kills + 1, now
-    if code:
-        assert commands.run(big, out, *argv)[0] == 0
-    assert kills >= 3 and resumed >= 2 and len(before) > 2
-    assert contents(out) == contents(tmp_path / "undisturbed")
-    now = finished(out)
-    assert before.items() <= now.items() and sorted(os.listdir(tmp_path)) == ["out", "undisturbed"]
-    assert commands.run(big, out, *argv) == (0, [f"{out} is complete"]) and finished(out) == now
+    kills = resumed = rounds = 0
+    while kills < 8 or resumed < 3:
+        rounds, before, killed = rounds + 1, {}, 0
+        assert rounds < 30
+        while True:
+            die = {}
+            if how == "before some operation":
+                die["die"] = 4 * killed + (rng.randrange(20, 30) if form == "own" else rng.randrange(200, 400))
+            pid = commands.start(big, out, *argv, **die)
+            if not die:
+                time.sleep(rng.random() * took * (0.1 + killed / 20))  # longer and longer: there is an end
+                os.kill(pid, signal.SIGKILL)
+            code, lines = commands.finish(pid)
+            resumed += any("resuming" in line for line in lines)
+            if code == 0 or out.exists():  # it was killed after it had finished
+                break
+            assert code == -signal.SIGKILL
+            now = finished(work)
+            assert before.items() <= now.items()  # what was whole was not written again
+            kills, killed, before = kills + 1, killed + 1, now
+        if code:
+            assert commands.run(big, out, *argv)[0] == 0
+        assert contents(out) == contents(tmp_path / "undisturbed")
+        now = finished(out)
+        assert before.items() <= now.items() and sorted(os.listdir(tmp_path)) == ["out", "undisturbed"]
+        assert commands.run(big, out, *argv) == (0, [f"{out} is complete"]) and finished(out) == now
+        shutil.rmtree(out)
 
 
 def test_the_command_itself_is_killed_and_goes_on(tmp_path, commands, big):
