@@ -85,6 +85,7 @@ def commands(tmp_path_factory):
 
     def start(*argv, **options):
         name = str(log / f"{random.random()}")
+        open(name, "w").close()  # it may be killed before it could do that
         pid = ask(argv=[str(x) for x in argv], log=name, **options)
         logs[pid] = name
         return pid
