@@ -23,7 +23,7 @@ _HOME = {
     "Schedule": "schedule", "Piece": "schedule", "constant": "schedule", "cosine": "schedule",
 }
 _MODULES = ("tree", "spec", "schedule", "data", "nn", "kernels", "counts", "config", "model", "transform", "optim", "train",
-            "checkpoint")
+            "checkpoint", "parallel")
 __all__ = [*_HOME, *_MODULES]
 
 

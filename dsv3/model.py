@@ -13,14 +13,14 @@ from mindspore import Tensor, ops
 from mindspore.ops.primitive import constexpr
 
 from .config import Config
-from .kernels.cross_entropy import cross_entropy
-from .kernels.linear import linear
 from .kernels.rms_norm import rms_norm
 from .nn.balance import make_balance
 from .nn.block import block, block_spec
 from .nn.mtp import mtp_input, mtp_spec
 from .nn.rope import rope_tables
 from .nn.router import route as default_route
+from .nn.vocab import embed, head, token_losses
+from .parallel.shard import parts, psum
 from .spec import DTYPES, ParamSpec, draw, normal, ones
 from .transform import compiled
 from .tree import tree_map, tree_map_with_path
@@ -74,17 +74,10 @@ def computable(params: Any) -> Any:
     return params
 
 
-def head(params: Any, x: Tensor) -> Tensor:
-    """Logits of normalised hidden states, float32. x: [..., D] -> [..., W]."""
-    if "head" in params:
-        return linear(x, params["head"]).astype(ms.float32)
-    return linear(x, ops.transpose(params["embed"], (1, 0))).astype(ms.float32)
-
-
 def trunk(params: Any, tokens: Tensor, position_ids: Any, segment_ids: Any, one_block: Callable, recompute: Any,
            cfg: Config) -> tuple:
     """Embedding and main blocks: (hidden before the final norm [B, T, D], embedding, loads, balance losses)."""
-    embedded = ops.gather(params["embed"], tokens, 0)
+    embedded = embed(params["embed"], tokens)
     rope = rope_tables(position_ids, tokens.shape[1], cfg=cfg)
     x, loads, aux = embedded, (), ()
     for i in range(cfg.num_hidden_layers):
@@ -151,16 +144,10 @@ def _ahead(x: Tensor, segment_ids: Any, by: int) -> Tensor:
     return ops.select(same, moved, ops.full_like(moved, -1))
 
 
-def _token_losses(params: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-    B, T = labels.shape
-    logits = head(params, hidden.reshape(B * T, hidden.shape[2]))
-    return cross_entropy(logits, labels.reshape(B * T)).reshape(B, T)
-
-
 def _mean(losses: Tensor, weight: Tensor, batch: dict, depth: int) -> Tensor:
-    """The mean over what counts, in this batch or, when it is a part, in the whole one."""
-    total = batch["denominators"][depth] if "denominators" in batch else ops.sum(weight)
-    return ops.sum(losses * weight) / ops.maximum(total, 1e-9)
+    """The mean over what counts, in this batch or, when it is a part, in the whole one; over all ranks' tokens."""
+    total = batch["denominators"][depth] if "denominators" in batch else psum(ops.sum(weight), "tokens")
+    return psum(ops.sum(losses * weight), "tokens") / ops.maximum(total, 1e-9)
 
 
 def _further(labels: Tensor, weight: Tensor, segment_ids: Any, k: int) -> tuple:
@@ -179,7 +166,7 @@ def denominators(batch, *, cfg):
     sums = (ops.sum(weight),)
     for k in range(1, cfg.num_nextn_predict_layers + 1):
         sums = sums + (ops.sum(_further(labels, weight, batch.get("segment_ids"), k)[1]),)
-    return ops.stack(sums + (ops.full_like(sums[0], labels.shape[0]),))
+    return psum(ops.stack(sums + (ops.full_like(sums[0], labels.shape[0]),)), "tokens")
 
 
 @compiled
@@ -204,7 +191,7 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
     x, embedded, loads, aux = trunk(params, tokens, batch.get("position_ids"), segment_ids, one_block, recompute, cfg)
     hidden = rms_norm(x, params["norm"], eps)
     labels, weight = targets(batch)
-    main_loss = _mean(_token_losses(params, hidden, labels), weight, batch, 0)
+    main_loss = _mean(token_losses(params, hidden, labels), weight, batch, 0)
 
     mtp_loss = Tensor(0.0, ms.float32)
     depths = cfg.num_nextn_predict_layers
@@ -214,7 +201,7 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
         p, n = params["mtp"][k - 1], T - k
         segments = None if segment_ids is None else segment_ids[:, :n]
         positions = None if batch.get("position_ids") is None else batch["position_ids"][:, :n]
-        ahead = ops.gather(p["embed"], tokens[:, k:], 0) if "embed" in p else embedded[:, k:]
+        ahead = embed(p["embed"], tokens[:, k:]) if "embed" in p else embedded[:, k:]
         x, load, loss = one_block(p, mtp_input(p, ahead, handed_on[:, :n], cfg=cfg),
                                   rope_tables(positions, n, cfg=cfg), segments,
                                   _recomputes(recompute, cfg.num_hidden_layers + k - 1))
@@ -222,14 +209,15 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
         normed = rms_norm(x, p["norm"], eps)
         handed_on = x if mtp_prenorm else normed
         further, further_weight = _further(labels, weight, segment_ids, k)
-        losses = _token_losses(p if "head" in p else params, normed, further)
+        losses = token_losses(p if "head" in p else params, normed, further)
         mtp_loss = mtp_loss + _mean(losses, further_weight, batch, k) / depths
 
     balance_loss = Tensor(0.0, ms.float32)
     for one in aux:
         balance_loss = balance_loss + one
+    balance_loss = psum(balance_loss, "tokens") / parts("tokens")
     if "denominators" in batch:
-        balance_loss = balance_loss * (B / batch["denominators"][depths + 1])
+        balance_loss = balance_loss * (B * parts("tokens") / batch["denominators"][depths + 1])
     loss = main_loss + balance_loss
     if depths:
         loss = loss + (0.3 if mtp_weight is None else mtp_weight) * mtp_loss

@@ -23,12 +23,14 @@ class Optimizer:
     init(params) -> state. update(grads, state, params) -> (params, state) is pure and runs from Python or inside a
     function given to ``jit``. update_(hyper, leaves, grads, m, v, masters, decays) -> (done, grad_norm) is its form in
     place on flat tuples, for graph code: leaves, m, v and masters change, and ``done`` must be returned from the graph.
+    apply_(hyper, grad_norm, leaves, ...) -> done is the same for a norm that is known, of gradients cut over ranks.
     hyper(step) -> the float32 vector that update_ takes. decays(path, shape) -> bool is the mask of weight decay.
     """
 
     init: Callable[[Any], dict]
     update: Callable[[Any, dict, Any], tuple]
     update_: Callable[..., tuple]
+    apply_: Callable[..., Any]
     hyper: Callable[[int], np.ndarray]
     decays: Callable[[str, tuple[int, ...]], bool]
     learning_rate: float | Schedule
@@ -107,17 +109,19 @@ def adamw(learning_rate: float | Schedule = 2.2e-4, *, beta1: float = 0.9, beta2
         return np.array([value_at(learning_rate, step), b1, b2, eps, weight_decay,
                          1 - b1 ** (step + 1), 1 - b2 ** (step + 1)], np.float32)
 
-    def clip(grads):
-        """(factor on the gradients, their norm), 0-D float32; the factor is NaN when the norm is not finite."""
-        norm = ops.sqrt(global_norm_sq(*grads))
+    def clip(norm):
+        """The factor on the gradients whose norm this is, 0-D float32; NaN when the norm is not finite."""
         scale = ops.ones_like(norm)
         if clip_norm is not None:
             scale = ops.minimum(scale, clip_norm / (norm + 1e-6))  # 1e-6 as torch.nn.utils.clip_grad_norm_
-        return ops.where(ops.isfinite(norm), scale, ops.full_like(scale, float("nan"))), norm
+        return ops.where(ops.isfinite(norm), scale, ops.full_like(scale, float("nan")))
 
     def update_(hyper_7, leaves, grads, m, v, masters, decays):
-        scale, norm = clip(grads)
-        return adamw_update(ops.cat((hyper_7, scale.reshape(1))), leaves, grads, m, v, decays, masters), norm
+        norm = ops.sqrt(global_norm_sq(*grads))
+        return apply_(hyper_7, norm, leaves, grads, m, v, masters, decays), norm
+
+    def apply_(hyper_7, norm, leaves, grads, m, v, masters, decays):
+        return adamw_update(ops.cat((hyper_7, ops.expand_dims(clip(norm), 0))), leaves, grads, m, v, decays, masters)
 
     def one_leaf(lr, rate, root2, scale, p, g, m, v, master, moves, decays):
         """(param, m, v, master) of one leaf after the update; ``master`` is p itself where that is float32."""
@@ -136,7 +140,7 @@ def adamw(learning_rate: float | Schedule = 2.2e-4, *, beta1: float = 0.9, beta2
     def update(grads, state, params):
         p, g, m, v = flatten(params), flatten(grads), flatten(state["m"]), flatten(state["v"])
         moves, decayed, moving, narrow, sources = plan(flat_paths(params), _map(_shape, p), _map(_dtype, p))
-        scale, _ = clip(_map(ops.partial(_take, g), moving))
+        scale = clip(ops.sqrt(global_norm_sq(*_map(ops.partial(_take, g), moving))))
         t = (state["step"] + 1).astype(ms.float32)
         lr = learning_rate.traced(state["step"]) if isinstance(learning_rate, Schedule) else learning_rate
         rate, root2 = lr / (1 - ops.pow(b1, t)), ops.sqrt(1 - ops.pow(b2, t))
@@ -149,4 +153,4 @@ def adamw(learning_rate: float | Schedule = 2.2e-4, *, beta1: float = 0.9, beta2
             after["masters"] = fill(state["masters"], _map(ops.partial(_pick, 3), _map(ops.partial(_take, new), narrow)))
         return fill(params, _map(ops.partial(_pick, 0), new)), after
 
-    return Optimizer(init, update, update_, hyper, decay, learning_rate)
+    return Optimizer(init, update, update_, apply_, hyper, decay, learning_rate)

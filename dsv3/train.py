@@ -1,6 +1,7 @@
 """One training step as a function, and the small parts of a loop that a user could have written."""
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,17 +10,21 @@ import mindspore as ms
 import numpy as np
 import optree
 from mindspore import Tensor, ops
+from mindspore.communication import get_rank
 
 from .config import Config
-from .model import denominators, loss_fn
+from .model import denominators, loss_fn, param_specs
 from .nn.router import updated_bias
 from .optim import Optimizer, is_state
+from .parallel.rules import make_rules
+from .parallel.shard import Placement, global_norm, placed, sum_copies
 from .schedule import Schedule, value_at
+from .spec import is_spec
 from .transform import builder, jit, picker, value_and_grad
 from .tree import flatten, paths
 
 
-def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, route: Callable | None = None,
+def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rules: Any = None, route: Callable | None = None,
                     balance: Callable | None = None, mtp_weight: float | Schedule = 0.3,
                     bias_update_rate: float | Schedule = 0.001, accumulate: int = 1,
                     recompute: bool | tuple[int, ...] = False, mtp_prenorm: bool = False) -> Callable:
@@ -31,9 +36,17 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rout
     steps. metrics: those of ``loss_fn`` with the load of the whole batch, "grad_norm" before clipping and
     "learning_rate" (a Python float). When the gradients are not finite nothing but the count changes, and grad_norm
     says so. Raises ValueError when the rows do not divide.
+
+    mesh: a ``parallel.Mesh``; this process is one rank of it, params and opt_state are its slices (``parallel.place``), the
+    batch its own rows. rules: ``parallel.make_rules()`` by default. Communication is explicit, so that any device that has
+    the collectives will do, the CPU too; metrics are those of the whole batch, on every rank.
     """
+    placement = None
     if mesh is not None:
-        raise ValueError(f"mesh={mesh!r}: this version trains on one device; leave mesh=None")
+        placement = Placement(mesh, rules or make_rules(), get_rank())
+        if placement.rules.zero:
+            raise ValueError(f"mesh {mesh}, zero={placement.rules.zero}: the update is not shared out here; leave zero=0, or "
+                             f"compile dsv3.parallel.program for Ascend, where MindSpore does it")
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}; expected at least 1")
 
@@ -42,11 +55,12 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rout
     def step(params: Any, opt_state: dict, batch: dict) -> tuple[Any, dict, dict]:
         structure = optree.tree_structure((params, "masters" in opt_state))
         if structure not in steps:
-            steps[structure] = _bind(params, loss_of, optimizer, accumulate, cfg)
+            steps[structure] = _bind(params, loss_of, optimizer, accumulate, cfg, placement)
         count = int(opt_state["step"].asnumpy())
         rates = (value_at(bias_update_rate, count), value_at(mtp_weight, count))
         hyper = np.concatenate([optimizer.hyper(count), np.array(rates, np.float32)])
-        metrics = steps[structure](params, opt_state, batch, hyper)
+        with placed(placement) if placement else contextlib.nullcontext():
+            metrics = steps[structure](params, opt_state, batch, hyper)
         metrics["learning_rate"] = float(hyper[0])
         return params, opt_state | {"step": Tensor(np.array(count + 1, np.int32))}, metrics
 
@@ -57,7 +71,7 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rout
     return step
 
 
-def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int, cfg: Config) -> Callable:
+def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int, cfg: Config, placement: Any) -> Callable:
     """The compiled part of a step for one structure of params: ``run(params, state, batch, hyper) -> metrics``.
 
     Leaves cross as flat tuples, the router biases apart from the rest: they are what the gradient does not move.
@@ -67,11 +81,26 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
     decays = tuple(bool(optimizer.decays(path, tuple(leaf.shape))) for path, leaf in named if not is_state(path))
     build = builder(params, is_bias)
     pick = picker(params, [not bias for bias in is_bias])
+    is_cut, share = placement is not None, 1 / len(placement.group("all")) if placement else 1.0
+    specs = [item for item in paths(param_specs(cfg), is_spec) if not is_state(item[0])] if placement else []
+    copies = tuple(placement.copies(spec, path) for path, spec in specs)
+    shares = tuple(placement.share(spec, path) for path, spec in specs)
+
+    def objective(params, batch, weight):
+        """Of a rank: all of them report the loss, and the sum of what they report is differentiated (parallel.shard)."""
+        loss, metrics = loss_of(params, batch, weight)
+        return loss * share if is_cut else loss, metrics
+
     # Differentiated as a tree: through one flat tuple, compilation would grow with the square of the leaves.
-    loss_and_grads = value_and_grad(loss_of, has_aux=True)
+    loss_and_grads = value_and_grad(objective, has_aux=True)
 
     def finish(leaves, biases, grads, m, v, masters, load_LE, hyper):
-        done, norm = optimizer.update_(hyper[:7], leaves, grads, m, v, masters, decays)
+        if is_cut:
+            grads = sum_copies(grads, copies)
+            norm = global_norm(grads, shares)
+            done = optimizer.apply_(hyper[:7], norm, leaves, grads, m, v, masters, decays)
+        else:
+            done, norm = optimizer.update_(hyper[:7], leaves, grads, m, v, masters, decays)
         # The rate depends on the norm of all gradients, so no recomputed forward pass can see a new bias.
         rate = ops.where(ops.isfinite(norm), hyper[7], ops.zeros_like(norm))
         moved = ()

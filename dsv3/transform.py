@@ -165,6 +165,17 @@ def _inside() -> bool:
     return bool(_compiling)
 
 
+def enter_graph() -> None:
+    """From now on this process compiles graphs by itself (``ms.jit``, ``ms.export``), so that library functions called in
+    them are inlined. For processes that do nothing else, such as a simulated rank's."""
+    _compiling.append(-1)
+
+
+def whole_program(fn: Callable) -> Callable:
+    """``fn`` of flat tensors, compiled as it is: for programs that close over their Parameters and are exported."""
+    return ms.jit(fn)
+
+
 # -- jit -------------------------------------------------------------------------------------------------------------
 def _refuse(fn: Any, what: str) -> None:
     if isinstance(fn, functools.partial):

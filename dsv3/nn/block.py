@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from ..kernels.rms_norm import rms_norm
+from ..parallel.shard import psum
 from ..spec import ParamSpec, ones
 from .mla import mla, mla_spec
 from .mlp import mlp, mlp_spec
@@ -24,4 +25,4 @@ def block(params, x, rope, segment_ids, *, cfg, route, balance):
     if "router" in params:
         y, load, aux = moe(params, h, cfg=cfg, route=route, balance=balance)
         return x + y, (load,), (aux,)
-    return x + mlp(params["mlp"], h), (), ()
+    return x + psum(mlp(params["mlp"], h), "ffn"), (), ()

@@ -6,6 +6,7 @@ from mindspore import ops
 from ..kernels.attention import mla_attention
 from ..kernels.linear import linear
 from ..kernels.rms_norm import rms_norm
+from ..parallel.shard import psum
 from ..spec import ParamSpec, normal, ones
 
 
@@ -32,6 +33,8 @@ def mla_spec(cfg) -> dict:
 def mla(params, x, rope, segment_ids, *, cfg):
     """Causal self-attention through a latent of ``kv_lora_rank``. x: [B, T, D] -> [B, T, D].
 
+    With a mesh the heads are cut: each rank computes those whose columns of wq_b and wkv_b it has.
+
     rope: (cos, sin) of ``rope_tables``; segment_ids: [B, T] int32 or None, tokens see their own segment only. Only the
     latent is normalised; the rotary key ``k_pe`` is not, and is one for all heads. Softmax in float32.
     """
@@ -41,8 +44,9 @@ def mla(params, x, rope, segment_ids, *, cfg):
     else:
         q = linear(rms_norm(linear(x, params["wq_a"]), params["q_norm"], eps), params["wq_b"])
     latent_BTC, k_pe_BTR = ops.split(linear(x, params["wkv_a"]), (C, R), axis=-1)
+    heads = params["wkv_b"].shape[1] // (cfg.qk_nope_head_dim + cfg.v_head_dim)
     kv = linear(rms_norm(latent_BTC, params["kv_norm"], eps), params["wkv_b"])
-    out = mla_attention(q, kv, k_pe_BTR, rope[0], rope[1], segment_ids, num_heads=cfg.num_attention_heads,
+    out = mla_attention(q, kv, k_pe_BTR, rope[0], rope[1], segment_ids, num_heads=heads,
                         qk_nope_head_dim=cfg.qk_nope_head_dim, qk_rope_head_dim=R, v_head_dim=cfg.v_head_dim,
                         scale=cfg.softmax_scale)
-    return linear(out, params["wo"])
+    return psum(linear(out, params["wo"]), "heads")

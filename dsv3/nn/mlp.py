@@ -17,5 +17,5 @@ def mlp_spec(cfg, ffn: int) -> dict:
 
 
 def mlp(params, x):
-    """(silu(x w_gate) * (x w_up)) w_down. x: [..., D] -> [..., D]."""
+    """(silu(x w_gate) * (x w_up)) w_down. x: [..., D] -> [..., D]; with a mesh the part of a rank's "ffn", to be summed."""
     return linear(swiglu(linear(x, params["w_gate"]), linear(x, params["w_up"])), params["w_down"])

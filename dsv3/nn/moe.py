@@ -1,8 +1,11 @@
 """DeepSeekMoE: shared experts for every token and dropless routed experts for the chosen (report section 2.1.2)."""
 from __future__ import annotations
 
-from ..kernels.experts import experts
+from mindspore import ops
+
+from ..kernels.experts import experts, experts_reference
 from ..kernels.topk import count_experts
+from ..parallel.shard import all_gather, part, parts, psum, reduce_scatter
 from ..spec import ParamSpec, normal
 from .mlp import mlp, mlp_spec
 from .router import router_spec
@@ -32,9 +35,25 @@ def moe(params, x, *, cfg, route, balance):
     B, T, D = x.shape
     x_TD = x.reshape(B * T, D)
     idx_TK, weights_TK, scores_TE, logits_TE = route(params["router"], x_TD, cfg=cfg)
-    w = params["experts"]
-    y_TD = experts(x_TD, w["w_gate"], w["w_up"], w["w_down"], idx_TK, weights_TK)
+    y_TD = routed(params["experts"], x_TD, idx_TK, weights_TK)
     if "shared" in params:
         y_TD = y_TD + mlp(params["shared"], x_TD)
-    load_E = count_experts(idx_TK, cfg.n_routed_experts)
-    return y_TD.reshape(B, T, D), load_E, balance(idx_TK, scores_TE, logits_TE, B)
+    load_E = psum(count_experts(idx_TK, cfg.n_routed_experts), "tokens")
+    return psum(y_TD, "ffn").reshape(B, T, D), load_E, balance(idx_TK, scores_TE, logits_TE, B)
+
+
+def routed(w, x_TD, idx_TK, weights_TK):
+    """The chosen experts' weighted sum for each token, [T, D]; of a rank's "ffn", to be summed.
+
+    Where the experts are cut, the ranks that share them gather their tokens, each computes what its own experts add to all
+    of them, and the sums go back: dropless, with static shapes. That moves (n - 1) T rows each way; sending every token to
+    its K experts' ranks would move up to K (n - 1) / n T, which is less only where n is above K.
+    """
+    n = parts("expert")
+    if n == 1:
+        return experts(x_TD, w["w_gate"], w["w_up"], w["w_down"], idx_TK, weights_TK)
+    x_TD, idx_TK, weights_TK = all_gather(x_TD, "expert"), all_gather(idx_TK, "expert"), all_gather(weights_TK, "expert")
+    E = w["w_gate"].shape[0]
+    own_TK = idx_TK - part("expert") * E
+    own_TK = ops.select(ops.logical_and(own_TK >= 0, own_TK < E), own_TK, ops.full_like(own_TK, E))  # E: another rank's
+    return reduce_scatter(experts_reference(x_TD, w["w_gate"], w["w_up"], w["w_down"], own_TK, weights_TK), "expert")

@@ -1,0 +1,218 @@
+"""Communication by logical names inside a partitioned program; without a mesh none of it is there.
+
+The model is written for one rank's shards, and says where ranks must talk by the name of the dim that is cut:
+``psum(y, "heads")`` adds up what the ranks that share the heads have computed. Which ranks these are, the rules of the
+placement say; when nothing is cut there, the call is its argument. It is JAX's shard_map with the mesh axes looked up.
+
+Gradients: every rank differentiates the sum of all ranks' objectives, so the derivative of ``psum`` is ``psum``, and a
+rank's objective is its loss divided by the number of ranks that report it (``parallel.bind``).
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+from mindspore.communication import create_group
+from mindspore.ops.primitive import constexpr
+
+from ..spec import ParamSpec
+from ..tree import paths, tree_map_with_path
+from . import groups
+from .mesh import AXES, Mesh
+from .rules import Rules, layout, local_slices, state_shards
+
+STAGE_AXES = AXES[1:]  # of the ranks that share one pipeline stage
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One rank's place: the mesh, the rules, and which rank. ValueError for what the model has no communication for yet."""
+
+    mesh: Mesh
+    rules: Rules
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        rules, mesh = self.rules, self.mesh
+
+        def refuse(condition: bool, what: str) -> None:
+            if condition:
+                raise ValueError(f"mesh {mesh}: {what} can be planned for, not compiled: the model's code does not do it yet")
+
+        refuse(mesh.pipe > 1, f"pipe={mesh.pipe}, a pipeline")
+        refuse(mesh.context > 1, f"context={mesh.context}, rows cut over ranks,")
+        refuse(rules.axes("residual_tokens") != rules.axes("tokens"), "sequence parallelism")
+        refuse(rules.axes("expert") != ("expert",) or rules.axes("ffn", ("expert",)) != rules.axes("ffn"),
+               "experts that are cut otherwise than expert by expert and over model")
+        for name in ("heads", "ffn", "vocab"):
+            refuse(bool(set(rules.axes(name)) & set(rules.axes("batch"))), f"{name!r} on an axis of the batch")
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Mesh axes of size above 1 that cut the dim of this name; "all" is every axis of a stage, "@a+b" the axes a and b."""
+        if name.startswith("@"):
+            axes: tuple[str, ...] = tuple(filter(None, name[1:].split("+")))
+        else:
+            axes = STAGE_AXES if name == "all" else self.rules.axes(name)
+        return tuple(a for a in axes if self.mesh.axes[a] > 1)
+
+    def group(self, name: str) -> tuple[int, ...]:
+        """Ranks that hold the parts of the dim, in the order of the parts."""
+        return self.mesh.group(self.rank, self.axes(name))
+
+    def copies(self, spec: ParamSpec, path: str) -> str:
+        """The name, for ``psum``, of the axes along which ranks hold copies of this rank's part of a leaf."""
+        cut = {a for dim in layout(spec, self.mesh, self.rules, path) for a in dim}
+        return "@" + "+".join(a for a in STAGE_AXES if a not in cut)
+
+    def share(self, spec: ParamSpec, path: str) -> float:
+        """What a rank's part of a leaf counts for in a sum over all ranks of the stage: copies share it."""
+        cut = self.mesh.extent(a for dim in layout(spec, self.mesh, self.rules, path) for a in dim)
+        return cut * state_shards(spec, self.mesh, self.rules, path) / len(self.group("all"))
+
+    def index(self, name: str) -> int:
+        """Which part this rank holds."""
+        return self.mesh.index(self.mesh.coords(self.rank), self.axes(name))
+
+
+_placed: list[Placement] = []  # the placement that is being compiled for
+
+
+@contextlib.contextmanager
+def placed(placement: Placement) -> Iterator[None]:
+    """Compile what is first called inside for this place."""
+    _placed.append(placement)
+    try:
+        yield
+    finally:
+        _placed.pop()
+
+
+def enter(placement: Placement) -> None:
+    """``placed`` for the rest of this process."""
+    _placed.append(placement)
+
+
+@functools.cache
+def group_of(ranks: tuple[int, ...]) -> str:
+    """MindSpore's name of a group of ranks; all of them must call this, in the same order of groups."""
+    name = groups.group_name(ranks)
+    create_group(name, list(ranks))
+    return name
+
+
+def place(tree: Any, specs: Any, placement: Placement) -> Any:
+    """A rank's slices of whole params (or of anything shaped like them), as Tensors of their own."""
+    coords, leaves = placement.mesh.coords(placement.rank), dict(paths(tree))
+
+    def part_of(path: str, spec: ParamSpec) -> Tensor:
+        where = local_slices(spec, placement.mesh, placement.rules, coords, path)
+        return Tensor(np.ascontiguousarray(leaves[path].asnumpy()[where]), dtype=leaves[path].dtype)
+
+    return tree_map_with_path(part_of, specs)
+
+
+# -- what graph code asks while it is compiled ---------------------------------------------------------------------------
+@constexpr
+def parts(name: str) -> int:
+    """Into how many parts the dim of this name is cut; 1 without a mesh."""
+    return len(_placed[-1].group(name)) if _placed else 1
+
+
+@constexpr
+def part(name: str) -> int:
+    """Which of them this rank has."""
+    return _placed[-1].index(name) if _placed else 0
+
+
+@constexpr
+def _on_cpu() -> bool:
+    return ms.get_context("device_target") == "CPU"
+
+
+@constexpr
+def _all_reduce(name: str, op: str):
+    return ops.AllReduce(getattr(ops.ReduceOp, op), group_of(_placed[-1].group(name)))
+
+
+@constexpr
+def _all_gather(name: str):
+    return ops.AllGather(group_of(_placed[-1].group(name)))
+
+
+@constexpr
+def _reduce_scatter(name: str):
+    return ops.ReduceScatter(ops.ReduceOp.SUM, group_of(_placed[-1].group(name)))
+
+
+@constexpr
+def _own_part(name: str) -> Tensor:
+    """[parts, 1] float32: 1 at this rank's part."""
+    place = _placed[-1]
+    return Tensor(np.eye(len(place.group(name)), dtype=np.float32)[place.index(name)][:, None])
+
+
+# -- collectives -------------------------------------------------------------------------------------------------------
+def psum(x, name):
+    """The sum of x over the ranks that hold parts of the dim ``name``; all of them get it."""
+    if parts(name) == 1:
+        return x
+    if _on_cpu() and x.dtype == ms.int32:  # whose AllReduce has no integers; counts below 2^24 are exact
+        return _all_reduce(name, "SUM")(x.astype(ms.float32)).astype(ms.int32)
+    return _all_reduce(name, "SUM")(x)
+
+
+def pmax(x, name):
+    """The maximum over these ranks, a constant to the gradient."""
+    x = ops.stop_gradient(x)
+    if parts(name) == 1:
+        return x
+    if _on_cpu():  # whose AllReduce only adds
+        rows = psum(_own_part(name) * x.reshape(1, -1), name)
+        return ops.stop_gradient(ops.amax(rows, 0).reshape(x.shape))
+    return ops.stop_gradient(_all_reduce(name, "MAX")(x))
+
+
+def all_gather(x, name):
+    """The ranks' x one after another along the first dim, in the order of the parts."""
+    n = parts(name)
+    if n == 1:
+        return x
+    if _on_cpu():  # which has no gradient of AllGather
+        rows = _own_part(name).astype(x.dtype) * x.reshape(1, -1)
+        return psum(rows, name).reshape((n * x.shape[0],) + x.shape[1:])
+    return _all_gather(name)(x)
+
+
+def reduce_scatter(x, name):
+    """This rank's part, along the first dim, of the sum of x over these ranks."""
+    n = parts(name)
+    if n == 1:
+        return x
+    if _on_cpu():
+        rows = psum(x, name).reshape(n, -1)
+        return rows[part(name)].reshape((x.shape[0] // n,) + x.shape[1:])
+    return _reduce_scatter(name)(x)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+_map = ops.Map()
+
+
+def global_norm(grads, shares):
+    """Euclidean norm of gradients that are cut over the ranks of a stage; shares: ``Placement.share`` of each. 0-D float32."""
+    return ops.sqrt(psum(ops.stack(_map(_square_sum, grads, shares)).sum(), "all"))
+
+
+def _square_sum(x, share):
+    return ops.square(x.astype(ms.float32)).sum() * share
+
+
+def sum_copies(grads, names):
+    """Each gradient summed over the ranks that hold copies of its leaf; names: ``Placement.copies`` of each."""
+    return _map(psum, grads, names)

@@ -1,0 +1,39 @@
+"""One process of a real cluster of CPUs, started by msrun: a few steps on its part, then its metrics and slices to a file.
+
+    msrun ... parallel_worker.py MESH CHANGES(JSON) ROWS LENGTH STEPS RATE FOLDER
+"""
+import json
+import sys
+
+import mindspore as ms
+import numpy as np
+from mindspore.communication import get_rank, init
+
+import dsv3
+from dsv3.model import param_specs
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.rules import make_rules
+from dsv3.parallel.shard import Placement, place
+from dsv3.tree import paths
+
+
+def main(mesh, changes, rows, length, steps, rate, folder):
+    """Train on batches drawn from the seeds 1, 2, ..."""
+    ms.set_device("CPU")
+    init("mccl")
+    mesh, cfg, optimizer = Mesh.parse(mesh), dsv3.TINY.replace(**json.loads(changes)), dsv3.adamw(float(rate))
+    placement = Placement(mesh, make_rules(), get_rank())
+    params = place(dsv3.init(cfg, seed=0), param_specs(cfg), placement)
+    step, state, metrics = dsv3.make_train_step(cfg, optimizer, mesh=mesh), optimizer.init(params), []
+    n, i = int(rows) // mesh.data, placement.index("batch")
+    for seed in range(1, int(steps) + 1):
+        tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, (int(rows), int(length))).astype(np.int32)
+        params, state, found = step(params, state, {"tokens": tokens[i * n : (i + 1) * n]})
+        metrics.append({k: np.asarray(v.asnumpy()).tolist() for k, v in found.items() if k != "learning_rate"})
+    np.savez(f"{folder}/rank_{get_rank()}.npz", **{path: leaf.asnumpy() for path, leaf in paths(params)})
+    with open(f"{folder}/rank_{get_rank()}.json", "w") as file:
+        json.dump(metrics, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
