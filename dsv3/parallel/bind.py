@@ -75,7 +75,7 @@ def drawn(seed: int) -> Callable:
 
 
 def like(leaf: Parameter, prefix: str, dtype: Any, start: Any = "zeros") -> Parameter:
-    """A Parameter that MindSpore slices as it slices ``leaf``, for a moment. start: zeros, or an initializer that does nothing."""
+    """A Parameter that MindSpore slices as it slices ``leaf``: a moment. start: zeros, or an initializer that does nothing."""
     out = Parameter(initializer(start, leaf.shape, dtype), name=prefix + leaf.name, requires_grad=False)
     out.param_info = leaf.param_info.clone()
     out.name, out.requires_grad = prefix + leaf.name, False

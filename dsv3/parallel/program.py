@@ -53,7 +53,7 @@ def train_step(model: str | dict, mesh: str, rows: int, length: int, *, rules: d
     cfg = PRESETS[model] if isinstance(model, str) else Config.from_hf(model)
     cfg = cfg.replace(**(changes or {}))
     if dtype != "float32" and not empty:  # MindSpore 2.10 fills a master that it slices with zeros, not with the weights
-        raise ValueError(f"dtype={dtype!r}: such a step can be compiled (empty=True) but not run: master weights do not start right")
+        raise ValueError(f"dtype={dtype!r}: such a step can be compiled (empty=True), not run: its master weights start wrong")
     table = make_rules(zero_axes=STATE_AXES, **(rules or {}))
     placement = Placement(Mesh.parse(mesh), table, get_rank())
     batch = {"tokens": (rows, length)}
