@@ -1,8 +1,7 @@
 """Real processes: msrun starts ranks on the CPU, which train together over MindSpore's own collectives.
 
 The CPU's have AllReduce of float32 sums only, so ``parallel.shard`` makes the others of it there.
-Planted faults this file was seen to catch: gradients of copies not summed; the objective not divided by the ranks; a rank that
-takes the first rows whichever it is.
+Planted faults this file was seen to catch: gradients of copies not summed; the objective not divided by the ranks.
 """
 import json
 import os
