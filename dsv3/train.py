@@ -16,6 +16,7 @@ from .config import Config
 from .model import denominators, loss_fn, param_specs
 from .nn.router import updated_bias
 from .optim import Optimizer, is_state
+from .parallel.mesh import Mesh
 from .parallel.rules import make_rules
 from .parallel.shard import Placement, global_norm, placed, sum_copies
 from .schedule import Schedule, value_at
@@ -43,6 +44,8 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     """
     placement = None
     if mesh is not None:
+        if not isinstance(mesh, Mesh):
+            raise ValueError(f"mesh={mesh!r}; expected a dsv3.parallel.Mesh, or None for one device")
         placement = Placement(mesh, rules or make_rules(), get_rank())
         if placement.rules.zero:
             raise ValueError(f"mesh {mesh}, zero={placement.rules.zero}: the update is not shared out here; leave zero=0, or "

@@ -184,18 +184,25 @@ def test_planned_memory(tmp_path):
     ("missing", {}, RuntimeError, ["has no attribute 'missing'"]),
 ])
 def test_broken_child_gives_its_last_lines(target, options, error, words):
-    kwargs = {"word": "fault"} if target == "raises" else {}
+    kwargs, before = {"word": "fault"} if target == "raises" else {}, children()
     with pytest.raises(error) as caught:
         simulate.simulate(f"parallel_targets:{target}", kwargs, 2, 1, **options)
     for word in words:
         assert word in str(caught.value)
-    mine = os.getpid()
-    for status in Path("/proc").glob("[0-9]*/status"):  # no child of this process is left running
+    assert children() <= before  # none is left running
+
+
+def children():
+    """Processes of Python that this one has started, in this test or before it."""
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/status"):
         try:
             text = status.read_text()
         except OSError:
             continue
-        assert f"PPid:\t{mine}\n" not in text or "python" not in text.split("\n")[0] or "State:\tZ" in text
+        if f"PPid:\t{os.getpid()}\n" in text and "python" in text.split("\n")[0] and "State:\tZ" not in text:
+            found.add(status.parent.name)
+    return found
 
 
 @pytest.mark.parametrize("options, words", [

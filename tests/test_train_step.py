@@ -246,7 +246,7 @@ def test_fused_step_skips_nonfinite(run, fused):
 # -- around the step -----------------------------------------------------------------------------------------
 def test_refusals():
     cfg, opt = dsv3.TINY, dsv3.adamw()
-    with pytest.raises(ValueError, match="mesh=.*one device"):
+    with pytest.raises(ValueError, match="mesh=.*expected a dsv3.parallel.Mesh"):
         make_train_step(cfg, opt, mesh=object())
     with pytest.raises(ValueError, match="accumulate=0; expected at least 1"):
         make_train_step(cfg, opt, accumulate=0)
