@@ -106,6 +106,7 @@ def try_variants(model, ids, loss_of):
                 start = time.perf_counter()
                 loss_of(ids).backward()
                 trial["seconds"] = min(trial.get("seconds", float("inf")), time.perf_counter() - start)
+            # A variant that this torch cannot run is no candidate; its error is kept and printed beside the others.
             except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
                 trial["skipped"] = f"{type(error).__name__}: {str(error)[:200]}"
                 trial.pop("seconds", None)

@@ -112,7 +112,7 @@ def _order(x: np.ndarray, dim: int, descending: bool) -> np.ndarray:
 def _gather(node, x, index, dim, batch_dims=0):
     index = np.asarray(index)
     if _int(batch_dims):
-        raise NotImplementedError(f"batch_dims={batch_dims}")
+        raise ValueError(f"batch_dims={batch_dims}: expected 0, the only form that the model's programs have")
     _within(index, x.shape[_int(dim)])
     return np.take(x, index, _int(dim))
 
@@ -160,7 +160,7 @@ def _window(node, shape: tuple[int, ...], begin, end, strides, *masks) -> tuple[
     names = ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
     begin_mask, end_mask, *others = (_int(_given(node, masks, i, name, 0)) for i, name in enumerate(names))
     if any(others[:2]):
-        raise NotImplementedError(f"ellipsis_mask={others[0]}, new_axis_mask={others[1]}")
+        raise ValueError(f"ellipsis_mask={others[0]}, new_axis_mask={others[1]}: expected 0, as the model's programs have")
     window = []
     for i, (b, e, s) in enumerate(zip(_ints(begin), _ints(end), _ints(strides))):
         if others[2] >> i & 1:  # one element; the caller drops the dim by reshaping
