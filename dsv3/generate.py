@@ -11,7 +11,8 @@ from mindspore.ops.primitive import constexpr
 
 from .config import Config
 from .kernels.rms_norm import rms_norm
-from .model import computable, head, make_block, trunk
+from .model import computable, layers, make_block
+from .nn.vocab import embed, head
 from .transform import compiled
 
 
@@ -23,7 +24,9 @@ def next_logits(params, tokens, lengths, *, cfg, route=None):
     """
     params = computable(params)
     B, T = tokens.shape
-    x = trunk(params, tokens, None, None, make_block(cfg, route, None), False, cfg)[0].reshape(B * T, cfg.hidden_size)
+    one_block = make_block(cfg, route, None)
+    x = layers(params["layers"], embed(params["embed"], tokens), {"tokens": tokens}, one_block, False, cfg)[0]
+    x = x.reshape(B * T, cfg.hidden_size)
     last = ops.gather(x, first_rows(B, T) + lengths - 1, 0)
     return head(params, rms_norm(last, params["norm"], cfg.rms_norm_eps))
 

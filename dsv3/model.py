@@ -74,16 +74,13 @@ def computable(params: Any) -> Any:
     return params
 
 
-def trunk(params: Any, tokens: Tensor, position_ids: Any, segment_ids: Any, one_block: Callable, recompute: Any,
-           cfg: Config) -> tuple:
-    """Embedding and main blocks: (hidden before the final norm [B, T, D], embedding, loads, balance losses)."""
-    embedded = embed(params["embed"], tokens)
-    rope = rope_tables(position_ids, tokens.shape[1], cfg=cfg)
-    x, loads, aux = embedded, (), ()
-    for i in range(cfg.num_hidden_layers):
-        x, load, loss = one_block(params["layers"][i], x, rope, segment_ids, _recomputes(recompute, i))
+def layers(params: tuple, x: Tensor, batch: dict, one_block: Callable, recompute: Any, cfg: Config, first: int = 0) -> tuple:
+    """Main blocks one after another, the first of them layer ``first``: (x [B, T, D], loads, balance losses)."""
+    rope, loads, aux = rope_tables(batch.get("position_ids"), batch["tokens"].shape[1], cfg=cfg), (), ()
+    for i in range(len(params)):
+        x, load, loss = one_block(params[i], x, rope, batch.get("segment_ids"), _recomputes(recompute, first + i))
         loads, aux = loads + load, aux + loss
-    return x, embedded, loads, aux
+    return x, loads, aux
 
 
 @constexpr
@@ -111,8 +108,8 @@ def forward(params, tokens, position_ids=None, segment_ids=None, *, cfg, route=N
     position_ids: [B, T] int, default 0 ... T-1. segment_ids: [B, T] int, tokens attend within their own segment only,
     default one segment a row. route: a stand-in for ``nn.router.route``. The MTP modules take no part.
     """
-    params = computable(params)
-    x = trunk(params, tokens, position_ids, segment_ids, make_block(cfg, route, None), False, cfg)[0]
+    params, batch = computable(params), {"tokens": tokens, "position_ids": position_ids, "segment_ids": segment_ids}
+    x = layers(params["layers"], embed(params["embed"], tokens), batch, make_block(cfg, route, None), False, cfg)[0]
     return head(params, rms_norm(x, params["norm"], cfg.rms_norm_eps))
 
 
@@ -184,17 +181,32 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
     Returns (loss, {"loss", "main_loss", "mtp_loss", "balance_loss" (weighted) 0-D float32, "load" [MoE layers incl.
     MTP, E] int32}); all but the load are differentiable.
     """
-    params = computable(params)
+    params, one_block = computable(params), make_block(cfg, route, balance)
+    embedded = embed(params["embed"], batch["tokens"])
+    x, loads, aux = layers(params["layers"], embedded, batch, one_block, recompute, cfg)
+    main_loss, mtp_loss, more_loads, more_aux = score(params, x, embedded, batch, one_block, recompute, cfg, mtp_prenorm)
+    loads, balance_loss = loads + more_loads, balance_of(aux + more_aux, batch, cfg)
+    loss = main_loss + balance_loss
+    if cfg.num_nextn_predict_layers:
+        loss = loss + (0.3 if mtp_weight is None else mtp_weight) * mtp_loss
+    load = ops.stack(loads) if loads else ops.zeros((0, cfg.n_routed_experts), ms.int32)
+    return loss, {"loss": loss, "main_loss": main_loss, "mtp_loss": mtp_loss, "balance_loss": balance_loss,
+                  "load": load}
+
+
+def score(params: Any, x: Tensor, embedded: Tensor, batch: dict, one_block: Callable, recompute: Any, cfg: Config,
+          mtp_prenorm: bool) -> tuple:
+    """What follows the main blocks: final norm, head, cross entropy and the MTP modules.
+
+    x: [B, T, D] of the last block; embedded: [B, T, D] of the tokens. Returns (main loss, MTP loss, loads, balance losses).
+    """
     tokens, segment_ids, eps = batch["tokens"], batch.get("segment_ids"), cfg.rms_norm_eps
-    B, T = tokens.shape
-    one_block = make_block(cfg, route, balance)
-    x, embedded, loads, aux = trunk(params, tokens, batch.get("position_ids"), segment_ids, one_block, recompute, cfg)
     hidden = rms_norm(x, params["norm"], eps)
     labels, weight = targets(batch)
     main_loss = _mean(token_losses(params, hidden, labels), weight, batch, 0)
 
-    mtp_loss = Tensor(0.0, ms.float32)
-    depths = cfg.num_nextn_predict_layers
+    mtp_loss, loads, aux = Tensor(0.0, ms.float32), (), ()
+    T, depths = tokens.shape[1], cfg.num_nextn_predict_layers
     _check_length(T, depths)
     handed_on = x if mtp_prenorm else hidden
     for k in range(1, depths + 1):
@@ -211,19 +223,18 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
         further, further_weight = _further(labels, weight, segment_ids, k)
         losses = token_losses(p if "head" in p else params, normed, further)
         mtp_loss = mtp_loss + _mean(losses, further_weight, batch, k) / depths
+    return main_loss, mtp_loss, loads, aux
 
-    balance_loss = Tensor(0.0, ms.float32)
+
+def balance_of(aux: tuple, batch: dict, cfg: Config) -> Tensor:
+    """The balance losses of some blocks together: the mean over all ranks' rows, those of the whole batch if it is a part."""
+    total = Tensor(0.0, ms.float32)
     for one in aux:
-        balance_loss = balance_loss + one
-    balance_loss = psum(balance_loss, "tokens") / parts("tokens")
+        total = total + one
+    total = psum(total, "tokens") / parts("tokens")
     if "denominators" in batch:
-        balance_loss = balance_loss * (B * parts("tokens") / batch["denominators"][depths + 1])
-    loss = main_loss + balance_loss
-    if depths:
-        loss = loss + (0.3 if mtp_weight is None else mtp_weight) * mtp_loss
-    load = ops.stack(loads) if loads else ops.zeros((0, cfg.n_routed_experts), ms.int32)
-    return loss, {"loss": loss, "main_loss": main_loss, "mtp_loss": mtp_loss, "balance_loss": balance_loss,
-                  "load": load}
+        total = total * (batch["tokens"].shape[0] * parts("tokens") / batch["denominators"][cfg.num_nextn_predict_layers + 1])
+    return total
 
 
 @constexpr

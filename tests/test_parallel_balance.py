@@ -13,18 +13,9 @@ from math import inf
 
 import pytest
 
-from dsv3.parallel.balance import (
-    best_split,
-    bubble,
-    choose,
-    chunks_of,
-    deal,
-    deal_evenly,
-    in_flight,
-    options,
-    peak,
-)
+from dsv3.parallel.balance import best_split, choose, deal_evenly, options, peak
 from dsv3.parallel.memory import Cost
+from dsv3.parallel.schedules import bubble, chunks_of, deal, in_flight
 
 
 # -- schedules ---------------------------------------------------------------------------------------------------------

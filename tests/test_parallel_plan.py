@@ -17,11 +17,11 @@ from dsv3.cli.plan import read_bytes
 from dsv3.config import PRESETS, TINY, V3, V3_1B
 from dsv3.counts import counts
 from dsv3.model import param_specs
-from dsv3.parallel.balance import SCHEDULES, check_schedule, chunks_of
 from dsv3.parallel.memory import Run, flops, pairs, parts, saved_bytes
 from dsv3.parallel.mesh import MESHES, Mesh
 from dsv3.parallel.plan import MODELS, SETTINGS, Setting, balance, draw, plan, summary, table
 from dsv3.parallel.rules import leaves, make_rules
+from dsv3.parallel.schedules import SCHEDULES, check_schedule, chunks_of
 
 BIG = Setting(MESHES["671b"], make_rules(zero=1, sequence_parallel=True), Run(micro_batches=32), layers=(*[4] * 15, 1))
 PLANS = {name: plan(PRESETS[MODELS[name]], setting) for name, setting in SETTINGS.items()}

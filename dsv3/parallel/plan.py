@@ -8,10 +8,11 @@ from math import inf
 from pathlib import Path
 
 from ..config import Config
-from .balance import best_split, bubble, check_schedule, choose, chunks_of, deal, deal_evenly, in_flight, peak
+from .balance import best_split, choose, deal_evenly, peak
 from .memory import MODES, Part, Run, embedding_copy, parts
 from .mesh import MESHES, Mesh
 from .rules import Rules, make_rules
+from .schedules import bubble, check_schedule, chunks_of, deal, in_flight
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,19 @@ from ..tree import paths, tree_map_with_path
 from . import groups
 from .mesh import AXES, Mesh
 from .rules import Rules, layout, local_slices, state_shards
+from .schedules import Pipeline
 
 STAGE_AXES = AXES[1:]  # of the ranks that share one pipeline stage
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One rank's place: the mesh, the rules, and which rank. ValueError for what the model has no communication for yet."""
+    """One rank's place: the mesh, the rules, which rank, and how its stage is filled. ValueError for what the model has no communication for yet."""
 
     mesh: Mesh
     rules: Rules
     rank: int = 0
+    pipeline: Pipeline = Pipeline()
 
     def __post_init__(self) -> None:
         rules, mesh = self.rules, self.mesh
