@@ -20,6 +20,7 @@ from .nn.mtp import mtp_input, mtp_spec
 from .nn.rope import rope_tables
 from .nn.router import route as default_route
 from .nn.vocab import embed, head, token_losses
+from .parallel.rows import gather_seq, own_seq
 from .parallel.shard import parts, psum
 from .spec import DTYPES, ParamSpec, draw, normal, ones
 from .transform import compiled
@@ -75,7 +76,10 @@ def computable(params: Any) -> Any:
 
 
 def layers(params: tuple, x: Tensor, batch: dict, one_block: Callable, recompute: Any, cfg: Config, first: int = 0) -> tuple:
-    """Main blocks one after another, the first of them layer ``first``: (x [B, T, D], loads, balance losses)."""
+    """Main blocks one after another, the first of them layer ``first``: (x [B, T, D], loads, balance losses).
+
+    Where rows are cut over ranks, x is a rank's positions of them; the batch is whole rows.
+    """
     rope, loads, aux = rope_tables(batch.get("position_ids"), batch["tokens"].shape[1], cfg=cfg), (), ()
     for i in range(len(params)):
         x, load, loss = one_block(params[i], x, rope, batch.get("segment_ids"), _recomputes(recompute, first + i))
@@ -93,10 +97,11 @@ def make_block(cfg: Config, route: Callable | None, balance: Callable | None) ->
     chosen_route = default_route if route is None else route
     chosen_balance = make_balance(cfg) if balance is None else balance
 
-    def one_block(params, x, rope, segment_ids, recompute):
+    def one_block(params, x, rope, segment_ids, recompute, counted=None):
         if recompute:  # block itself, not this closure: MindSpore cannot recompute a function made inside a graph
-            return ms.recompute(block, params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance)
-        return block(params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance)
+            return ms.recompute(block, params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance,
+                                counted=counted)
+        return block(params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance, counted=counted)
 
     return one_block
 
@@ -110,7 +115,7 @@ def forward(params, tokens, position_ids=None, segment_ids=None, *, cfg, route=N
     """
     params, batch = computable(params), {"tokens": tokens, "position_ids": position_ids, "segment_ids": segment_ids}
     x = layers(params["layers"], embed(params["embed"], tokens), batch, make_block(cfg, route, None), False, cfg)[0]
-    return head(params, rms_norm(x, params["norm"], cfg.rms_norm_eps))
+    return head(params, gather_seq(rms_norm(x, params["norm"], cfg.rms_norm_eps), "residual"))
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
@@ -142,15 +147,18 @@ def _ahead(x: Tensor, segment_ids: Any, by: int) -> Tensor:
 
 
 def _mean(losses: Tensor, weight: Tensor, batch: dict, depth: int) -> Tensor:
-    """The mean over what counts, in this batch or, when it is a part, in the whole one; over all ranks' tokens."""
-    total = batch["denominators"][depth] if "denominators" in batch else psum(ops.sum(weight), "tokens")
-    return psum(ops.sum(losses * weight), "tokens") / ops.maximum(total, 1e-9)
+    """The mean over what counts, in this batch or, when it is a part, in the whole one; over all ranks' tokens.
+
+    losses: of the positions that a rank has along "seq"; weight: [B, T], of whole rows.
+    """
+    total = batch["denominators"][depth] if "denominators" in batch else psum(ops.sum(weight), "batch")
+    return psum(ops.sum(losses * own_seq(weight, "seq")), "tokens") / ops.maximum(total, 1e-9)
 
 
 def _further(labels: Tensor, weight: Tensor, segment_ids: Any, k: int) -> tuple:
-    """Labels and weights k positions ahead, for the first T - k positions."""
-    labels = _ahead(labels, segment_ids, k)[:, :labels.shape[1] - k]
-    return labels, weight[:, k:] * ops.greater_equal(labels, 0).astype(ms.float32)
+    """Labels and weights k positions ahead, -1 and 0 for the last k. [B, T] each."""
+    labels, none = _ahead(labels, segment_ids, k), ops.zeros((weight.shape[0], k), ms.float32)
+    return labels, ops.cat((weight[:, k:], none), axis=1) * ops.greater_equal(labels, 0).astype(ms.float32)
 
 
 @compiled
@@ -163,7 +171,7 @@ def denominators(batch, *, cfg):
     sums = (ops.sum(weight),)
     for k in range(1, cfg.num_nextn_predict_layers + 1):
         sums = sums + (ops.sum(_further(labels, weight, batch.get("segment_ids"), k)[1]),)
-    return psum(ops.stack(sums + (ops.full_like(sums[0], labels.shape[0]),)), "tokens")
+    return psum(ops.stack(sums + (ops.full_like(sums[0], labels.shape[0]),)), "batch")
 
 
 @compiled
@@ -210,19 +218,24 @@ def score(params: Any, x: Tensor, embedded: Tensor, batch: dict, one_block: Call
     _check_length(T, depths)
     handed_on = x if mtp_prenorm else hidden
     for k in range(1, depths + 1):
-        p, n = params["mtp"][k - 1], T - k
+        p, n = params["mtp"][k - 1], T if parts("residual_seq") > 1 else T - k
         segments = None if segment_ids is None else segment_ids[:, :n]
         positions = None if batch.get("position_ids") is None else batch["position_ids"][:, :n]
-        ahead = embed(p["embed"], tokens[:, k:]) if "embed" in p else embedded[:, k:]
-        x, load, loss = one_block(p, mtp_input(p, ahead, handed_on[:, :n], cfg=cfg),
-                                  rope_tables(positions, n, cfg=cfg), segments,
-                                  _recomputes(recompute, cfg.num_hidden_layers + k - 1))
+        if n == T:
+            # T - k positions need not divide: all T run. The last k, whatever they read, come last: no other position sees
+            # them, nor do load, balance and cross entropy.
+            ahead = embed(p["embed"] if "embed" in p else params["embed"], ops.cat((tokens[:, k:], tokens[:, :k]), axis=1))
+        else:
+            ahead = embed(p["embed"], tokens[:, k:]) if "embed" in p else embedded[:, k:]
+            handed_on = handed_on[:, :n]
+        x, load, loss = one_block(p, mtp_input(p, ahead, handed_on, cfg=cfg), rope_tables(positions, n, cfg=cfg), segments,
+                                  _recomputes(recompute, cfg.num_hidden_layers + k - 1), T - k)
         loads, aux = loads + load, aux + loss
         normed = rms_norm(x, p["norm"], eps)
         handed_on = x if mtp_prenorm else normed
         further, further_weight = _further(labels, weight, segment_ids, k)
-        losses = token_losses(p if "head" in p else params, normed, further)
-        mtp_loss = mtp_loss + _mean(losses, further_weight, batch, k) / depths
+        losses = token_losses(p if "head" in p else params, normed, further[:, :n])
+        mtp_loss = mtp_loss + _mean(losses, further_weight[:, :n], batch, k) / depths
     return main_loss, mtp_loss, loads, aux
 
 
@@ -231,9 +244,9 @@ def balance_of(aux: tuple, batch: dict, cfg: Config) -> Tensor:
     total = Tensor(0.0, ms.float32)
     for one in aux:
         total = total + one
-    total = psum(total, "tokens") / parts("tokens")
+    total = psum(total, "batch") / parts("batch")
     if "denominators" in batch:
-        total = total * (batch["tokens"].shape[0] * parts("tokens") / batch["denominators"][cfg.num_nextn_predict_layers + 1])
+        total = total * (batch["tokens"].shape[0] * parts("batch") / batch["denominators"][cfg.num_nextn_predict_layers + 1])
     return total
 
 

@@ -1,6 +1,6 @@
 """One process of a real cluster of CPUs, started by msrun: a few steps on its part, then its metrics and slices to a file.
 
-    msrun ... parallel_worker.py MESH CHANGES(JSON) ROWS LENGTH STEPS RATE FOLDER
+    msrun ... parallel_worker.py MESH CHANGES(JSON) ROWS LENGTH STEPS RATE FOLDER RULES(JSON) DOCUMENTS(JSON)
 """
 import json
 import sys
@@ -17,18 +17,29 @@ from dsv3.parallel.shard import Placement, place
 from dsv3.tree import paths
 
 
-def main(mesh, changes, rows, length, steps, rate, folder):
-    """Train on batches drawn from the seeds 1, 2, ..."""
+def cut_up(tokens, seed):
+    """A batch whose rows are two documents each, cut at random places, with positions of their own and a fractional mask."""
+    rng, (rows, length) = np.random.default_rng(seed), tokens.shape
+    places, column = rng.integers(1, length, (rows, 1)), np.arange(length)[None]
+    second = column >= places
+    return {"tokens": tokens, "segment_ids": second.astype(np.int32), "position_ids": np.where(second, column - places, column),
+            "loss_mask": rng.choice([0.0, 0.5, 1.0], tokens.shape).astype(np.float32)}
+
+
+def main(mesh, changes, rows, length, steps, rate, folder, rules="{}", documents="false"):
+    """Train on batches drawn from the seeds 1, 2, ...; rules: arguments of ``make_rules``; documents: ``cut_up`` the rows."""
     ms.set_device("CPU")
     init("mccl")
     mesh, cfg, optimizer = Mesh.parse(mesh), dsv3.TINY.replace(**json.loads(changes)), dsv3.adamw(float(rate))
-    placement = Placement(mesh, make_rules(), get_rank())
+    rules = make_rules(**json.loads(rules))
+    placement = Placement(mesh, rules, get_rank())
     params = place(dsv3.init(cfg, seed=0), param_specs(cfg), placement)
-    step, state, metrics = dsv3.make_train_step(cfg, optimizer, mesh=mesh), optimizer.init(params), []
+    step, state, metrics = dsv3.make_train_step(cfg, optimizer, mesh=mesh, rules=rules), optimizer.init(params), []
     n, i = int(rows) // mesh.data, placement.index("batch")
     for seed in range(1, int(steps) + 1):
         tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, (int(rows), int(length))).astype(np.int32)
-        params, state, found = step(params, state, {"tokens": tokens[i * n : (i + 1) * n]})
+        batch = cut_up(tokens, seed) if json.loads(documents) else {"tokens": tokens}
+        params, state, found = step(params, state, {key: value[i * n : (i + 1) * n] for key, value in batch.items()})
         metrics.append({k: np.asarray(v.asnumpy()).tolist() for k, v in found.items() if k != "learning_rate"})
     np.savez(f"{folder}/rank_{get_rank()}.npz", **{path: leaf.asnumpy() for path, leaf in paths(params)})
     with open(f"{folder}/rank_{get_rank()}.json", "w") as file:

@@ -35,12 +35,13 @@ LAYOUTS = {
 }
 
 
-def on_one_device(cfg):
-    """Metrics of each step, and the params after the last, by make_train_step on the CPU."""
+def on_one_device(cfg, batch=None):
+    """Metrics of each step, and the params after the last, by make_train_step on the CPU. batch(tokens, seed): tokens alone."""
     params, optimizer = dsv3.init(cfg, seed=0), dsv3.adamw(RATE)
     step, state, metrics = dsv3.make_train_step(cfg, optimizer), optimizer.init(params), []
     for i in range(STEPS):
-        params, state, found = step(params, state, {"tokens": batch_of(cfg, ROWS, LENGTH, 1 + i)})
+        tokens = batch_of(cfg, ROWS, LENGTH, 1 + i)
+        params, state, found = step(params, state, batch(tokens, 1 + i) if batch else {"tokens": tokens})
         metrics.append({k: v.asnumpy() for k, v in found.items() if k != "learning_rate"})
     return metrics, {path: host(leaf) for path, leaf in paths(params)}
 

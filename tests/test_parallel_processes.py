@@ -25,15 +25,15 @@ from dsv3.tree import paths
 HERE = Path(__file__).parent
 
 
-def launch(folder, mesh, changes):
-    """Run the worker on every rank of a mesh."""
+def launch(folder, mesh, changes, rules=None, documents=False):
+    """Run the worker on every rank of a mesh; rules: arguments of ``make_rules``; documents: rows of several."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     msrun = shutil.which("msrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     command = [msrun, f"--worker_num={mesh.size}", f"--local_worker_num={mesh.size}", f"--master_port={port}",
                f"--log_dir={folder / 'log'}", "--join=True", str(HERE / "parallel_worker.py"), str(mesh), json.dumps(changes),
-               str(ROWS), str(LENGTH), str(STEPS), str(RATE), str(folder)]
+               str(ROWS), str(LENGTH), str(STEPS), str(RATE), str(folder), json.dumps(rules or {}), json.dumps(documents)]
     environment = os.environ | {  # msrun starts "python" and does not set the path
         "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
@@ -49,8 +49,13 @@ def test_processes_together_make_the_step_of_one_device(tmp_path, layout):
     cfg = dsv3.TINY.replace(**changes)
     wanted, final = on_one_device(cfg)
     launch(tmp_path, mesh, changes)
+    assert_equal(tmp_path, mesh, cfg, wanted, final)
+
+
+def assert_equal(folder, mesh, cfg, wanted, final):
+    """Every rank has the metrics and its slices of the params of one device."""
     for rank in range(mesh.size):
-        metrics, found = json.loads((tmp_path / f"rank_{rank}.json").read_text()), np.load(tmp_path / f"rank_{rank}.npz")
+        metrics, found = json.loads((folder / f"rank_{rank}.json").read_text()), np.load(folder / f"rank_{rank}.npz")
         for ours, theirs in zip(metrics, wanted):
             assert ours["load"] == theirs["load"].tolist()
             for key in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm"):

@@ -104,7 +104,8 @@ def _simulate(cfg, setting, ranks: list[int]) -> None:
     Placement(mesh, rules)  # refuses what cannot be compiled
     vocab_parallel = rules.axes("vocab") == rules.axes("heads")
     job = {"model": cfg.to_hf(), "mesh": str(mesh), "rows": step.micro_batch_size * mesh.data, "length": step.seq_length,
-           "rules": {"zero": rules.zero, "shard_size": rules.shard_size, "vocab_parallel": vocab_parallel},
+           "rules": {"zero": rules.zero, "shard_size": rules.shard_size, "vocab_parallel": vocab_parallel,
+                     "sequence_parallel": "model" in rules.axes("residual_seq")},
            "dtype": step.dtype, "empty": True}
     for rank in ranks:
         report = simulate("dsv3.parallel.program:train_step", job, mesh.size, rank, timeout=3600)

@@ -18,7 +18,7 @@ from dsv3.kernels.rotary import apply_rotary
 
 
 def mla_attention(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head_dim, qk_rope_head_dim,
-                  v_head_dim, scale):
+                  v_head_dim, scale, query_positions=None):
     """Causal attention of H heads that share one rotary key. DeepSeek-V3 report, eqs. 4 and 7 to 10.
 
     Token t attends to s when s <= t and both carry the same segment id. Scores are
@@ -32,56 +32,67 @@ def mla_attention(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head
         segment_ids: [B, T] int32, the document of each token, or None for one document a row.
         num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: H, N, R (even) and V.
         scale: the softmax scale, a Python float.
+        query_positions: None, or [t] int32: then q has t tokens, at these positions of the T that all else is about.
 
     Returns:
-        [B, T, H*V] in the dtype of ``q``.
+        [B, T, H*V] in the dtype of ``q``, or [B, t, H*V].
 
     Raises:
         ValueError: a tensor's shape does not follow from the sizes given, R is odd, or dtypes differ.
     """
     H, N, R, V = num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
-    _check_shapes(q, kv, k_pe, cos, sin, segment_ids, H, N, R, V)
+    _check_shapes(q, kv, k_pe, cos, sin, segment_ids, H, N, R, V, query_positions)
     if kv.dtype != q.dtype or k_pe.dtype != q.dtype:
         raise ValueError(f"kv and k_pe: expected the dtype of q, {q.dtype}, found {kv.dtype} and "
                          f"{k_pe.dtype}; cast them")
     if cos.dtype != ms.float32 or sin.dtype != ms.float32:
         raise ValueError(f"cos and sin: expected Float32, found {cos.dtype} and {sin.dtype}; "
                          f"keep the tables in float32")
-    if native.enabled() and q.dtype == ms.float32:
+    if native.enabled() and q.dtype == ms.float32 and query_positions is None:
         segments = _no_segments() if segment_ids is None else segment_ids.astype(ms.int32)
         out_BTHV, _ = _native(q, kv, k_pe, cos, sin, segments, _head_scale(num_heads, scale))
         return out_BTHV
     return mla_attention_reference(q, kv, k_pe, cos, sin, segment_ids, num_heads=H, qk_nope_head_dim=N,
-                                   qk_rope_head_dim=R, v_head_dim=V, scale=scale)
+                                   qk_rope_head_dim=R, v_head_dim=V, scale=scale, query_positions=query_positions)
 
 
 def mla_attention_reference(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head_dim,
-                            qk_rope_head_dim, v_head_dim, scale):
+                            qk_rope_head_dim, v_head_dim, scale, query_positions=None):
     """``mla_attention`` composed of MindSpore operators: any device, any float dtype."""
     H, N, R, V = num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
     B, T, _ = q.shape
+    S = kv.shape[1]
+    q_cos, q_sin, q_segments, k_position_S = cos, sin, segment_ids, ops.arange(S)
+    q_position_T = k_position_S
+    if query_positions is not None:
+        q_position_T = query_positions
+        q_cos, q_sin = ops.gather(cos, query_positions, 1), ops.gather(sin, query_positions, 1)
+        if segment_ids is not None:
+            q_segments = ops.gather(segment_ids, query_positions, 1)
     q_nope_BTHN, q_pe_BTHR = ops.split(q.reshape(B, T, H, N + R), (N, R), -1)
-    k_nope_BTHN, v_BTHV = ops.split(kv.reshape(B, T, H, N + V), (N, V), -1)
-    q_pe_BTHR = apply_rotary(q_pe_BTHR, cos, sin)
-    k_pe_BTHR = ops.broadcast_to(apply_rotary(k_pe.reshape(B, T, 1, R), cos, sin), (B, T, H, R))
+    k_nope_BSHN, v_BSHV = ops.split(kv.reshape(B, S, H, N + V), (N, V), -1)
+    q_pe_BTHR = apply_rotary(q_pe_BTHR, q_cos, q_sin)
+    k_pe_BSHR = ops.broadcast_to(apply_rotary(k_pe.reshape(B, S, 1, R), cos, sin), (B, S, H, R))
     q_BHTd = mint.cat((q_nope_BTHN, q_pe_BTHR), -1).transpose(0, 2, 1, 3)
-    k_BHdS = mint.cat((k_nope_BTHN, k_pe_BTHR), -1).transpose(0, 2, 3, 1)
+    k_BHdS = mint.cat((k_nope_BSHN, k_pe_BSHR), -1).transpose(0, 2, 3, 1)
     scores_BHTS = mint.matmul(q_BHTd, k_BHdS).astype(ms.float32) * scale
-    position_T = ops.arange(T)
-    hidden_BTS = (position_T.reshape(T, 1) < position_T.reshape(1, T)).reshape(1, T, T)
+    hidden_BTS = (q_position_T.reshape(T, 1) < k_position_S.reshape(1, S)).reshape(1, T, S)
     if segment_ids is not None:
-        other_BTS = segment_ids.reshape(B, T, 1) != segment_ids.reshape(B, 1, T)
+        other_BTS = q_segments.reshape(B, T, 1) != segment_ids.reshape(B, 1, S)
         hidden_BTS = ops.logical_or(hidden_BTS, other_BTS)
     # the lowest finite number, not -inf: every row sees its own token, so this exponential is an exact 0 too
     scores_BHTS = ops.masked_fill(scores_BHTS, ops.expand_dims(hidden_BTS, 1), _lowest())
     weights_BHTS = ops.softmax(scores_BHTS, -1).astype(q.dtype)
-    return mint.matmul(weights_BHTS, v_BTHV.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3).reshape(B, T, H * V)
+    return mint.matmul(weights_BHTS, v_BSHV.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3).reshape(B, T, H * V)
 
 
-def _check_shapes(q, kv, k_pe, cos, sin, segment_ids, H, N, R, V):
+def _check_shapes(q, kv, k_pe, cos, sin, segment_ids, H, N, R, V, query_positions):
     if R % 2:
         raise ValueError(f"rotary pairs channels: expected an even qk_rope_head_dim, found {R}")
-    B, T, _ = q.shape
+    B, t, _ = q.shape
+    T = t if query_positions is None else kv.shape[1]
+    if query_positions is not None and query_positions.shape != (t,):
+        raise ValueError(f"query_positions: expected {(t,)}, one for each token of q, found {query_positions.shape}")
     if q.shape[2] != H * (N + R):
         raise ValueError(f"q: expected [B, T, {H * (N + R)}] (num_heads * (qk_nope_head_dim + "
                          f"qk_rope_head_dim)), found {q.shape}")

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from ..kernels.rms_norm import rms_norm
-from ..parallel.shard import psum
+from ..parallel.rows import gather_seq, scatter_seq
 from ..spec import ParamSpec, ones
 from .mla import mla, mla_spec
 from .mlp import mlp, mlp_spec
@@ -18,11 +18,15 @@ def block_spec(cfg, is_moe: bool) -> dict:
             "ffn_norm": ParamSpec((D,), ("embed",), ones)} | ffn
 
 
-def block(params, x, rope, segment_ids, *, cfg, route, balance):
-    """x: [B, T, D] -> (x, load, balance loss); for a dense block the last two are empty tuples."""
+def block(params, x, rope, segment_ids, *, cfg, route, balance, counted=None):
+    """x: [B, T, D] -> (x, load, balance loss); for a dense block the last two are empty tuples.
+
+    Where rows are cut, x is a rank's positions of them ("residual_seq"); rope and segment_ids are of whole rows. counted: how
+    many positions of a row, from its first, load and balance loss are about; all by default.
+    """
     x = x + mla(params["attn"], rms_norm(x, params["attn_norm"], cfg.rms_norm_eps), rope, segment_ids, cfg=cfg)
     h = rms_norm(x, params["ffn_norm"], cfg.rms_norm_eps)
     if "router" in params:
-        y, load, aux = moe(params, h, cfg=cfg, route=route, balance=balance)
+        y, load, aux = moe(params, h, cfg=cfg, route=route, balance=balance, counted=counted)
         return x + y, (load,), (aux,)
-    return x + psum(mlp(params["mlp"], h), "ffn"), (), ()
+    return x + scatter_seq(mlp(params["mlp"], gather_seq(h, "residual")), "ffn"), (), ()

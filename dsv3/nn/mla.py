@@ -6,7 +6,7 @@ from mindspore import ops
 from ..kernels.attention import mla_attention
 from ..kernels.linear import linear
 from ..kernels.rms_norm import rms_norm
-from ..parallel.shard import psum
+from ..parallel.rows import gather_seq, own_positions, scatter_seq
 from ..spec import ParamSpec, normal, ones
 
 
@@ -33,20 +33,24 @@ def mla_spec(cfg) -> dict:
 def mla(params, x, rope, segment_ids, *, cfg):
     """Causal self-attention through a latent of ``kv_lora_rank``. x: [B, T, D] -> [B, T, D].
 
-    With a mesh the heads are cut: each rank computes those whose columns of wq_b and wkv_b it has.
+    With a mesh the heads are cut: each rank computes those whose columns of wq_b and wkv_b it has. Where rows are cut too, x
+    and the result are a rank's positions. The latents are made of those and gathered, not x: Q and C + R values a token in
+    place of D. Over "seq" only C + R are, so that each rank makes the keys and values of the whole row for the queries of its
+    part: for V3 576 values a token, where ring attention hands round H (N + V) + R of a rank's heads, 32832 when it has all
+    of them. The price is the product with wkv_b, 2 C H (N + V) FLOPs a token, on every rank that shares the row.
 
-    rope: (cos, sin) of ``rope_tables``; segment_ids: [B, T] int32 or None, tokens see their own segment only. Only the
-    latent is normalised; the rotary key ``k_pe`` is not, and is one for all heads. Softmax in float32.
+    rope: (cos, sin) of ``rope_tables``; segment_ids: [B, T] int32 or None, tokens see their own segment only; both of whole
+    rows. Only the latent is normalised; the rotary key ``k_pe`` is not, and is one for all heads. Softmax in float32.
     """
     C, R, eps = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.rms_norm_eps
     if cfg.q_lora_rank is None:
-        q = linear(x, params["wq"])
+        q = linear(gather_seq(x, "residual"), params["wq"])
     else:
-        q = linear(rms_norm(linear(x, params["wq_a"]), params["q_norm"], eps), params["wq_b"])
-    latent_BTC, k_pe_BTR = ops.split(linear(x, params["wkv_a"]), (C, R), axis=-1)
+        q = linear(gather_seq(rms_norm(linear(x, params["wq_a"]), params["q_norm"], eps), "residual"), params["wq_b"])
+    latent_BTC, k_pe_BTR = ops.split(gather_seq(linear(x, params["wkv_a"]), "residual_seq"), (C, R), axis=-1)
     heads = params["wkv_b"].shape[1] // (cfg.qk_nope_head_dim + cfg.v_head_dim)
     kv = linear(rms_norm(latent_BTC, params["kv_norm"], eps), params["wkv_b"])
     out = mla_attention(q, kv, k_pe_BTR, rope[0], rope[1], segment_ids, num_heads=heads,
                         qk_nope_head_dim=cfg.qk_nope_head_dim, qk_rope_head_dim=R, v_head_dim=cfg.v_head_dim,
-                        scale=cfg.softmax_scale)
-    return psum(linear(out, params["wo"]), "heads")
+                        scale=cfg.softmax_scale, query_positions=own_positions(kv.shape[1]))
+    return scatter_seq(linear(out, params["wo"]), "heads")

@@ -5,6 +5,7 @@ from mindspore import ops
 
 from ..kernels.experts import experts, experts_reference
 from ..kernels.topk import count_experts
+from ..parallel.rows import gather_seq, scatter_seq
 from ..parallel.shard import all_gather, part, parts, psum, reduce_scatter
 from ..spec import ParamSpec, normal
 from .mlp import mlp, mlp_spec
@@ -27,19 +28,30 @@ def moe_spec(cfg) -> dict:
     return specs
 
 
-def moe(params, x, *, cfg, route, balance):
+def moe(params, x, *, cfg, route, balance, counted=None):
     """Shared plus chosen experts. params: ``router``, ``experts`` and perhaps ``shared``. x: [B, T, D].
 
-    Returns (y [B, T, D], load [E] int32: tokens per expert, the weighted balance loss: 0-D float32).
+    Returns (y [B, T, D], load [E] int32: tokens per expert, the weighted balance loss: 0-D float32). Where rows are cut, x and
+    y are a rank's positions; load and balance loss are about the first ``counted`` positions of whole rows, by default all.
     """
-    B, T, D = x.shape
-    x_TD = x.reshape(B * T, D)
-    idx_TK, weights_TK, scores_TE, logits_TE = route(params["router"], x_TD, cfg=cfg)
-    y_TD = routed(params["experts"], x_TD, idx_TK, weights_TK)
+    B, t, D = x.shape
+    idx_TK, weights_TK, scores_TE, logits_TE = route(params["router"], x.reshape(B * t, D), cfg=cfg)
+    x_TD = _joined(x.reshape(B * t, D), B, "residual")
+    y_TD = routed(params["experts"], x_TD, _joined(idx_TK, B, "residual"), _joined(weights_TK, B, "residual"))
     if "shared" in params:
         y_TD = y_TD + mlp(params["shared"], x_TD)
-    load_E = psum(count_experts(idx_TK, cfg.n_routed_experts), "tokens")
-    return psum(y_TD, "ffn").reshape(B, T, D), load_E, balance(idx_TK, scores_TE, logits_TE, B)
+    y_BTD = scatter_seq(y_TD.reshape(B, y_TD.shape[0] // B, D), "ffn")
+    idx_TK, scores_TE, logits_TE = (_joined(v, B, "residual_seq", counted) for v in (idx_TK, scores_TE, logits_TE))
+    load_E = psum(count_experts(idx_TK, cfg.n_routed_experts), "batch")
+    return y_BTD, load_E, balance(idx_TK, scores_TE, logits_TE, B)
+
+
+def _joined(x, B, name, counted=None):
+    """The ranks' rows put together, and their first positions. x: [B * t, F] -> [B * T, F]."""
+    x = gather_seq(x.reshape(B, x.shape[0] // B, x.shape[1]), name)
+    if counted is not None and counted < x.shape[1]:
+        x = x[:, :counted]
+    return x.reshape(B * x.shape[1], x.shape[2])
 
 
 def routed(w, x_TD, idx_TK, weights_TK):

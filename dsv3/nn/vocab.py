@@ -6,15 +6,19 @@ from mindspore import ops
 
 from ..kernels.cross_entropy import cross_entropy
 from ..kernels.linear import linear
+from ..parallel.rows import gather_seq, own_seq, scatter_seq
 from ..parallel.shard import part, parts, pmax, psum
 
 
 def embed(w_WD, tokens):
-    """Rows of the embedding. tokens: [...] int -> [..., D]. A rank without a token's row adds nothing to it."""
+    """Rows of the embedding: the entrance of the model. tokens: [B, T] int, whole rows -> [B, T, D], a rank's positions.
+
+    A rank without a token's row of the embedding adds nothing to it. Raises ValueError when T does not divide.
+    """
     if parts("vocab") == 1:
-        return ops.gather(w_WD, tokens, 0)
-    rows, here = _local(tokens, w_WD.shape[0])
-    return psum(ops.gather(w_WD, rows, 0) * here.expand_dims(-1).astype(w_WD.dtype), "vocab")
+        return ops.gather(w_WD, own_seq(tokens, "residual_seq"), 0)
+    rows, here = _local(own_seq(tokens, "seq"), w_WD.shape[0])
+    return scatter_seq(ops.gather(w_WD, rows, 0) * here.expand_dims(-1).astype(w_WD.dtype), "vocab")
 
 
 def head(params, x):
@@ -25,7 +29,11 @@ def head(params, x):
 
 
 def token_losses(params, hidden, labels):
-    """Cross entropy of each position; 0 where the label is negative. hidden: [B, T, D], labels: [B, T] int32 -> [B, T]."""
+    """Cross entropy of each position that a rank has along "seq"; 0 where the label is negative. [B, T] float32.
+
+    hidden: [B, T, D], a rank's positions; labels: [B, T] int32, whole rows.
+    """
+    hidden, labels = gather_seq(hidden, "residual"), own_seq(labels, "seq")
     B, T = labels.shape
     logits, labels = head(params, hidden.reshape(B * T, hidden.shape[2])), labels.reshape(B * T)
     if parts("vocab") == 1:

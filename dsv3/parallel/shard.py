@@ -48,17 +48,25 @@ class Placement:
                 raise ValueError(f"mesh {mesh}: {what} can be planned for, not compiled: the model's code does not do it yet")
 
         refuse(mesh.pipe > 1, f"pipe={mesh.pipe}, a pipeline")
-        refuse(mesh.context > 1, f"context={mesh.context}, rows cut over ranks,")
-        refuse(rules.axes("residual_tokens") != rules.axes("tokens"), "sequence parallelism")
+        batch, seq, cut = (rules.axes(name) for name in ("batch", "seq", "residual_seq"))
+        refuse(cut[:len(seq)] != seq or rules.axes("tokens") != batch + seq or rules.axes("residual_tokens") != batch + cut,
+               f"rules other than tokens = batch + seq, residual_seq = seq + more, residual_tokens = batch + residual_seq (found "
+               f"batch={batch}, seq={seq}, tokens={rules.axes('tokens')}, residual_seq={cut}, "
+               f"residual_tokens={rules.axes('residual_tokens')})")
         refuse(rules.axes("expert") != ("expert",) or rules.axes("ffn", ("expert",)) != rules.axes("ffn"),
                "experts that are cut otherwise than expert by expert and over model")
         for name in ("heads", "ffn", "vocab"):
-            refuse(bool(set(rules.axes(name)) & set(rules.axes("batch"))), f"{name!r} on an axis of the batch")
+            refuse(bool(set(rules.axes(name)) & set(batch + seq)), f"{name!r} on an axis of the batch or of its rows")
+            refuse(bool(self.axes("residual")) and self.axes(name) not in ((), self.axes("residual")),
+                   f"sequence parallelism over {self.axes('residual')} with {name!r} on {self.axes(name)}")
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """Mesh axes of size above 1 that cut the dim of this name; "all" is every axis of a stage, "@a+b" the axes a and b."""
+        """Mesh axes of size above 1 that cut the dim of this name. "all" is every axis of a stage, "@a+b" the axes a and b,
+        "residual" the axes of "residual_seq" beyond those of "seq"."""
         if name.startswith("@"):
             axes: tuple[str, ...] = tuple(filter(None, name[1:].split("+")))
+        elif name == "residual":
+            axes = tuple(a for a in self.rules.axes("residual_seq") if a not in self.rules.axes("seq"))
         else:
             axes = STAGE_AXES if name == "all" else self.rules.axes(name)
         return tuple(a for a in axes if self.mesh.axes[a] > 1)
@@ -117,6 +125,11 @@ def place(tree: Any, specs: Any, placement: Placement) -> Any:
         return Tensor(np.ascontiguousarray(leaves[path].asnumpy()[where]), dtype=leaves[path].dtype)
 
     return tree_map_with_path(part_of, specs)
+
+
+def here() -> Placement | None:
+    """The place that is being compiled for; None without a mesh. For code that runs while a graph is compiled."""
+    return _placed[-1] if _placed else None
 
 
 # -- what graph code asks while it is compiled ---------------------------------------------------------------------------
