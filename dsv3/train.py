@@ -10,12 +10,12 @@ import mindspore as ms
 import numpy as np
 import optree
 from mindspore import Tensor, ops
-from mindspore.communication import get_rank
 
 from .config import Config
 from .model import denominators, loss_fn, param_specs
 from .nn.router import updated_bias
 from .optim import Optimizer, is_state
+from .parallel.groups import own_rank
 from .parallel.mesh import Mesh
 from .parallel.rules import make_rules
 from .parallel.shard import Placement, global_norm, placed, sum_copies
@@ -46,7 +46,7 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     if mesh is not None:
         if not isinstance(mesh, Mesh):
             raise ValueError(f"mesh={mesh!r}; expected a dsv3.parallel.Mesh, or None for one device")
-        placement = Placement(mesh, rules or make_rules(), get_rank())
+        placement = Placement(mesh, rules or make_rules(), own_rank())
         if placement.rules.zero:
             raise ValueError(f"mesh {mesh}, zero={placement.rules.zero}: the update is not shared out here; leave zero=0, or "
                              f"compile dsv3.parallel.program for Ascend, where MindSpore does it")

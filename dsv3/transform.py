@@ -10,6 +10,7 @@ the result leaves as one flat tuple whose structure is noted while it is compile
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import inspect
 import itertools
@@ -19,7 +20,8 @@ import shutil
 import sys
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,42 @@ def whole_program(fn: Callable) -> Callable:
 
 
 # -- jit -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Graph:
+    """What ``jit`` makes of a function for one structure of arguments. literals: that structure; function: of flat tensors."""
+
+    name: str
+    number: int
+    literals: tuple[str, ...]
+    function: Callable
+
+
+def run_graph(graph: Graph, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Any]:
+    """(flat results, their structure) of a graph, compiled when it is new. It is how every graph runs, save where
+    ``parallel.recorded`` puts something else in the place of ``runner``."""
+    with tracing(graph.number):
+        flat = graph.function(*tensors)
+    return flat, outline_of(graph)
+
+
+runner: Callable = run_graph
+
+
+@contextlib.contextmanager
+def tracing(number: int) -> Iterator[None]:
+    """Inside, graph code is compiled: library functions called in it are inlined."""
+    _compiling.append(number)
+    try:
+        yield
+    finally:
+        _compiling.pop()
+
+
+def outline_of(graph: Graph) -> Any:
+    """The structure of a graph's result, known once it is compiled: dicts and lists with 0 for a tensor."""
+    return _outlines[graph.number]
+
+
 def _refuse(fn: Any, what: str) -> None:
     if isinstance(fn, functools.partial):
         raise TypeError(f"{what} got a functools.partial, which MindSpore would run uncompiled without a word; wrap it "
@@ -211,12 +249,8 @@ def jit(fn: Callable, *, jit_level: str = "O0") -> Callable:
         if key not in graphs:
             graphs[key] = _graph(fn, key, len(leaves), jit_level)
         graph, number = graphs[key]
-        _compiling.append(number)
-        try:
-            flat = graph(*[tensor for _, tensor, _ in leaves.values()])
-        finally:
-            _compiling.pop()
-        return _restore(_outlines[number], iter(flat))
+        flat, outline = runner(Graph(fn.__name__, number, key, graph), tuple(tensor for _, tensor, _ in leaves.values()))
+        return _restore(outline, iter(flat))
 
     return call
 

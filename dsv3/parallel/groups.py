@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 PREFIX = "dsv3_"
 
@@ -33,3 +34,20 @@ def group_ranks(name: str) -> tuple[int, ...] | None:
         n, stride = map(int, axis.split("x"))
         ranks = [r + i * stride for i in range(n) for r in ranks]
     return tuple(ranks)
+
+
+_stand_in = threading.local()
+
+
+def stand_for(rank: int) -> None:
+    """From now on this thread is that rank, in a process that plays all of them."""
+    _stand_in.rank = rank
+
+
+def own_rank() -> int:
+    """The rank of this process, or that for which this thread stands."""
+    if hasattr(_stand_in, "rank"):
+        return _stand_in.rank
+    from mindspore.communication import get_rank
+
+    return get_rank()

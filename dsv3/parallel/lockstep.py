@@ -166,19 +166,45 @@ def run(programs: Sequence[Program], feeds: Sequence[Sequence[np.ndarray]]) -> l
     found out here.
     """
     world = len(programs)
-    arguments = [_checked(p, i, feed, len(feeds), world) for i, (p, feed) in enumerate(itertools.zip_longest(programs, feeds))]
-    ranks = [_execute(p, p.graph, a, world) for p, a in zip(programs, arguments)]
-    answers: dict[int, Any] = dict.fromkeys(range(world))  # of ranks that can go on
+    for i, (program, feed) in enumerate(itertools.zip_longest(programs, feeds)):
+        if program is None or feed is None:
+            raise ValueError(f"{world} programs but inputs for {len(feeds)} ranks")
+        if program.rank != i:
+            raise ValueError(f"program {i} is that of rank {program.rank}; programs must come in the order of their ranks")
+    return [result for result, _ in together([execute(p, feed, world) for p, feed in zip(programs, feeds)])]
+
+
+def execute(program: Program, feed: Sequence[np.ndarray], world: int) -> Generator[Arrival, Any, tuple[Any, dict[int, np.ndarray]]]:
+    """One rank's program: yields at collectives, is sent their results, and returns its result and, by their places, the
+    inputs that it has assigned to. Raises ValueError for inputs that do not fit."""
+    arrays = _checked(program, feed)
+    names = [str(i) for i in range(len(arrays))]
+    program.params.update(zip(names, arrays))  # an input is a parameter as long as the program runs
+    result = yield from _execute(program, program.graph, tuple(map(Ref, names)), world)
+    after = [program.params.pop(name) for name in names]
+    return result, {i: array for i, array in enumerate(after) if array is not arrays[i]}
+
+
+def together(ranks: Sequence[Generator[Arrival, Any, Any]]) -> list[Any]:
+    """Run all ranks, each until its next collective, which takes place once every member of its group is there.
+
+    Returns what they return; raises what they raise and what ``run`` says of collectives that do not fit together.
+    """
+    answers: dict[int, Any] = dict.fromkeys(range(len(ranks)))  # of ranks that can go on
     waiting: dict[int, Arrival] = {}
     mail: dict[tuple, deque] = defaultdict(deque)
-    results: list[Any] = [None] * world
-    with np.errstate(all="ignore"):
-        while answers:
-            for rank in sorted(answers):
-                _advance(rank, ranks[rank], answers.pop(rank), waiting, mail, results)
-            for rank in sorted(waiting):
-                if rank in waiting:
-                    answers |= _meet(waiting, rank, mail)
+    results: list[Any] = [None] * len(ranks)
+    try:
+        with np.errstate(all="ignore"):
+            while answers:
+                for rank in sorted(answers):
+                    _advance(rank, ranks[rank], answers.pop(rank), waiting, mail, results)
+                for rank in sorted(waiting):
+                    if rank in waiting:
+                        answers |= _meet(waiting, rank, mail)
+    finally:
+        for rank in ranks:
+            rank.close()
     if waiting:
         places = "; ".join(_place(rank, arrival, mail) for rank, arrival in sorted(waiting.items()))
         raise RuntimeError(f"ranks wait for one another for ever: {places}")
@@ -187,11 +213,8 @@ def run(programs: Sequence[Program], feeds: Sequence[Sequence[np.ndarray]]) -> l
     return results
 
 
-def _checked(program: Program | None, rank: int, feed: Sequence | None, feeds: int, world: int) -> list[np.ndarray]:
-    if program is None or feed is None:
-        raise ValueError(f"{world} programs but inputs for {feeds} ranks")
-    if program.rank != rank:
-        raise ValueError(f"program {rank} is that of rank {program.rank}; programs must come in the order of their ranks")
+def _checked(program: Program, feed: Sequence) -> list[np.ndarray]:
+    rank = program.rank
     if len(feed) != len(program.graph.inputs):
         raise ValueError(f"rank {rank} takes {len(program.graph.inputs)} inputs, found {len(feed)}")
     out = []

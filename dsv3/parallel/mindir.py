@@ -64,6 +64,7 @@ class Program:
     types: Mapping[str, Type]  # of inputs, by their order, and of params
     params: dict[str, np.ndarray]
     refs: Mapping[str, str]  # name in the graph -> name of the param
+    results: tuple[Type, ...] = ()  # of the tensors in a flat result, when recorded
 
 
 def load(path: str | Path, rank: int, known: Set[str]) -> Program:
@@ -92,7 +93,9 @@ def load(path: str | Path, rank: int, known: Set[str]) -> Program:
         params[name] = _tensor(tensor)
     for i, value in enumerate(model.graph.input):
         types[str(i)] = Type(tuple(value.tensor[0].dims), value.tensor[0].data_type)
-    return Program(rank, graphs[0], {g.name: g for g in graphs[1:]}, constants, types, params, refs)
+    flat = _type(model.graph.output[0].attr_info, attributes) if model.graph.output[0].HasField("attr_info") else ()
+    results = tuple(t for t in flat if isinstance(t, Type)) if isinstance(flat, tuple) else ()
+    return Program(rank, graphs[0], {g.name: g for g in graphs[1:]}, constants, types, params, refs, results)
 
 
 def _graph(proto: Any, primitives: dict, attributes: Any) -> Graph:

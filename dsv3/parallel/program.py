@@ -9,11 +9,13 @@ from mindspore import Tensor
 from mindspore.communication import get_rank
 
 from ..config import PRESETS, Config
-from ..model import loss_fn, param_specs
+from ..model import init, loss_fn, param_specs
 from ..nn.router import updated_bias
 from ..optim import adamw
+from ..train import make_train_step
 from ..transform import enter_graph, whole_program
 from . import bind, shard
+from .groups import own_rank
 from .mesh import Mesh
 from .rules import Rules, make_rules
 from .shard import Placement
@@ -87,3 +89,27 @@ def own_rows(placement: Placement, array: np.ndarray) -> np.ndarray:
 def hyper(optimizer: Any, step: int, bias_rate: float = 0.001, mtp_weight: float = 0.3) -> np.ndarray:
     """The vector that ``bind.mesh_step``'s step takes."""
     return np.concatenate([optimizer.hyper(step), np.array([bias_rate, mtp_weight], np.float32)])
+
+
+# -- the step that Python drives ---------------------------------------------------------------------------------------
+def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: int = 1, rules: dict[str, Any] | None = None,
+              changes: dict | None = None, learning_rate: float = 1e-2, accumulate: int = 1) -> tuple[Any, list[dict]]:
+    """``make_train_step(mesh=...)`` on this rank's part of ``init`` with seed 0 and of batches of ``rows`` x ``length``, the
+    same as ``batch_of`` of the seeds 1, 2, ... Returns (params, metrics of every step). See ``train_step`` for the arguments.
+    """
+    cfg = (PRESETS[model] if isinstance(model, str) else Config.from_hf(model)).replace(**(changes or {}))
+    table, optimizer = make_rules(**(rules or {})), adamw(learning_rate)
+    placement = Placement(Mesh.parse(mesh), table, own_rank())
+    params = shard.place(init(cfg, seed=0), param_specs(cfg), placement)
+    step = make_train_step(cfg, optimizer, mesh=placement.mesh, rules=table, accumulate=accumulate)
+    state, metrics = optimizer.init(params), []
+    for i in range(steps):
+        batch = {"tokens": own_rows(placement, batch_of(cfg, rows, length, 1 + i))}
+        params, state, found = step(params, state, batch)
+        metrics.append(found)
+    return params, metrics
+
+
+def record_steps(**job: Any) -> None:
+    """A target of ``simulate``: ``run_steps`` of its arguments."""
+    run_steps(**job)

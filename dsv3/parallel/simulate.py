@@ -2,17 +2,17 @@
 
 ``simulate("package.module:function", kwargs, ranks=1024, rank=7)`` starts a child process in which MindSpore believes to be
 rank 7 of 1024 Ascend devices (``MS_SIMULATION_LEVEL``), on CANN where that is installed and on the stand-in of
-``fake_cann`` elsewhere. The child calls the function, which builds a step as a training script would and returns it as a
-``Step``; the child compiles it, and the parent gets a ``Report``. Level 0 compiles; level 1 also plans the device's memory.
-Nothing is computed: initial values are right, results are zeros. To check numbers, export the programs of all ranks
-(``export=True``) and run them with ``lockstep``.
+``fake_cann`` elsewhere. The child calls the function, which builds a step as a training script would and either calls it,
+which compiles the graphs that it is made of (``recorded``), or returns one that closes over its Parameters as a ``Step``;
+the parent gets a ``Report``. Level 0 compiles; level 1 also plans the device's memory. Nothing is computed: results are
+blank. To check numbers, export the programs of all ranks (``export=True``) and run them with ``recorded.replay`` or
+``lockstep.run``.
 """
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import json
-import math
 import os
 import re
 import shutil
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,16 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from . import fake_cann
-from .groups import group_ranks
+from .ir import Collective, times
 
-KINDS = {  # primitive -> the name of the collective
-    "AlltoAll": "AllToAll", "AlltoAllV": "AllToAllV", "AllToAllv": "AllToAllV", "AlltoAllVC": "AllToAllV",
-    "CollectiveGather": "Gather", "CollectiveScatter": "Scatter", "NeighborExchangeV2": "NeighborExchange",
-    "BatchISendIRecv": "NeighborExchange",
-} | {name: name for name in ("AllReduce", "AllGather", "ReduceScatter", "AllToAll", "Broadcast", "Reduce", "Send", "Receive",
-                             "NeighborExchange")}
-BITS = {"Bool": 8, "Int8": 8, "UInt8": 8, "Int16": 16, "UInt16": 16, "Float16": 16, "BFloat16": 16, "Int32": 32, "UInt32": 32,
-        "Float32": 32, "Int64": 64, "UInt64": 64, "Float64": 64}
 TAIL = 40  # lines of a failed child's output that the exception quotes
 
 
@@ -57,38 +48,29 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Collective:
-    """One kind of collective of a rank's program, before the runtime fuses any: ``count`` of them are equal in all fields.
+class GraphReport:
+    """One compiled graph of a rank: the function's name, the structures of its arguments and of its result (as
+    ``transform.jit`` writes them), how often it was called, seconds of compilation, the collectives of one call, and the
+    exported program."""
 
-    group: global ranks in the group's order; for Send and Receive (source, destination). op: of a reduction, else "".
-    shape: of what the rank puts in (what it gets, for Receive). backward: inside of the gradient, as its scope says.
-    bytes: the payload of one, which is the whole tensor that the collective is about: the larger of what goes into and what
-    comes out of this rank. This is the "size" of NVIDIA's nccl-tests.
-    """
+    name: str
+    literals: tuple[str, ...]
+    outline: Any
+    calls: int
+    seconds: float
+    collectives: tuple[Collective, ...]
+    program: Path | None
 
-    kind: str
-    op: str
-    group: tuple[int, ...]
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    backward: bool
-    count: int
-
-    @property
-    def wire_bytes(self) -> float:
-        """Bytes this rank sends for one by the ring algorithms: of n equal parts n-1, for AllReduce twice; of kinds without
-        a ring the payload, for Receive nothing."""
-        n = len(self.group)
-        if self.kind in ("AllReduce", "AllGather", "ReduceScatter", "AllToAll"):
-            return self.bytes * (n - 1) / n * (2 if self.kind == "AllReduce" else 1)
-        return 0.0 if self.kind == "Receive" else float(self.bytes)
+    def again(self) -> GraphReport:
+        """The same, called once more."""
+        return dataclasses.replace(self, calls=self.calls + 1)
 
 
 @dataclass(frozen=True)
 class Report:
     """What came of one rank: seconds of compilation, peak host memory of the child, planned peak of device memory (level 1
-    only), collectives of the last compiled graph, the target's value, the exported program, and whose CANN it was."""
+    only), the collectives of all graphs as often as they were called, the graphs themselves (none of a ``Step``), the
+    target's value, the exported program of a ``Step``, and whose CANN it was."""
 
     rank: int
     ranks: int
@@ -96,6 +78,7 @@ class Report:
     host_bytes: int
     device_bytes: int | None
     collectives: tuple[Collective, ...]
+    graphs: tuple[GraphReport, ...]
     value: Any
     program: Path | None
     cann: str
@@ -123,7 +106,7 @@ def summary(report: Report) -> list[str]:
 def simulate(target: str, kwargs: dict[str, Any], ranks: int, rank: int, *, level: int = 0, timeout: float = 600.0,
              keep: str | Path | None = None, export: bool = False) -> Report:
     """Call ``target`` ("module:function", importable on this process's sys.path) as rank ``rank`` of ``ranks`` simulated
-    Ascend devices and report; see the module. It must return a Step, or JSON when it compiles by itself.
+    Ascend devices and report; see the module. It must return a Step, or JSON when it calls its graphs.
 
     kwargs: JSON. level: 0 compiles, 1 also plans memory. keep: a folder for the child's files (log, IR, program) as
     ``rank_<n>``, needed with export; the function runs in it, so paths in kwargs should be absolute. Raises ValueError for
@@ -146,13 +129,19 @@ def simulate(target: str, kwargs: dict[str, Any], ranks: int, rank: int, *, leve
         (folder / "job.json").write_text(json.dumps({"target": target, "kwargs": kwargs, "level": level, "export": export}))
         _run_child(environment, folder, f"rank {rank} of {ranks} of {target}", timeout)
         answer = json.loads((folder / "answer.json").read_text())
-        collectives = tuple(Collective(**c | {k: tuple(c[k]) for k in ("group", "shape")}) for c in answer.pop("collectives"))
-        program = folder / "program.mindir" if export else None
+        graphs = tuple(GraphReport(**g | {"collectives": _collectives(g["collectives"]), "literals": tuple(g["literals"]),
+                                          "program": g["program"] and Path(g["program"])}) for g in answer.pop("graphs"))
+        collectives = _collectives(answer.pop("collectives"))
+        program = folder / "program.mindir" if export and not graphs else None
         name = f"CANN in {cann}" if cann else "stand-in for CANN"
-        return Report(rank=rank, ranks=ranks, collectives=collectives, program=program, cann=name, **answer)
+        return Report(rank=rank, ranks=ranks, collectives=collectives, graphs=graphs, program=program, cann=name, **answer)
     finally:
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _collectives(found: list[dict]) -> tuple[Collective, ...]:
+    return tuple(Collective(**c | {k: tuple(c[k]) for k in ("group", "shape")}) for c in found)
 
 
 def simulate_ranks(target: str, kwargs: dict[str, Any], ranks: int, which: Sequence[int] | None = None, *,
@@ -217,6 +206,10 @@ def child() -> None:
     import mindspore as ms
     from mindspore import communication
 
+    from .. import transform
+    from .ir import last_graph, read_collectives
+    from .recorded import ranks_of, recorder
+
     job = json.loads(Path("job.json").read_text())
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("Ascend")
@@ -224,27 +217,29 @@ def child() -> None:
     communication.init()
     module, name = job["target"].split(":")
     function = getattr(importlib.import_module(module), name)
+    graphs: list[GraphReport] = []
+    transform.runner = recorder(job["export"], job["level"] == 1, graphs)
     start = time.perf_counter()
-    result = function(**job["kwargs"])
-    if isinstance(result, Step):
+    value = function(**job["kwargs"])
+    if isinstance(value, Step):
         start = time.perf_counter()
         if job["export"]:
-            ms.export(result.function, *result.inputs, file_name="program", file_format="MINDIR")
+            ms.export(value.function, *value.inputs, file_name="program", file_format="MINDIR")
         else:
-            result.function(*result.inputs)
+            value.function(*value.inputs)
             ms.runtime.synchronize()
-        value = result.value
-    elif job["export"]:
-        raise TypeError(f"{job['target']} returned {type(result).__name__}; to export, it must return a Step")
+        collectives, value = read_collectives(last_graph(Path("ir")), communication.get_rank(), ranks_of), value.value
+    elif not graphs:
+        raise RuntimeError(f"nothing was compiled: {job['target']} must call what transform.jit makes, or return a Step")
     else:
-        value = result
+        collectives = times((c, g.calls) for g in graphs for c in g.collectives)
     seconds = time.perf_counter() - start
-    collectives = read_collectives(last_graph(Path("ir")), communication.get_rank(), _ranks_of)
     answer = {
         "seconds": seconds,
         "host_bytes": _peak_memory(),
         "device_bytes": ms.runtime.max_memory_allocated() if job["level"] else None,
         "collectives": [dataclasses.asdict(c) for c in collectives],
+        "graphs": [dataclasses.asdict(g) | {"program": g.program and str(g.program)} for g in graphs],
         "value": value,
     }
     Path("answer.json.part").write_text(json.dumps(answer))
@@ -256,99 +251,3 @@ def child() -> None:
 def _peak_memory() -> int:
     """Bytes. Not getrusage's, which counts what the parent had when it started this process."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def _ranks_of(group: str) -> tuple[int, ...]:
-    """Global ranks of a communication group of this process, in its order."""
-    from mindspore import communication
-
-    size = communication.get_group_size(group)
-    return tuple(communication.get_world_rank_from_group_rank(group, i) for i in range(size))
-
-
-# -- the IR ------------------------------------------------------------------------------------------------------------
-def last_graph(folder: Path) -> Path:
-    """The file of the last graph that MindSpore compiled, as its ``validate`` pass left it: after all of the front end.
-
-    Raises FileNotFoundError when none was compiled.
-    """
-    files = list(folder.rglob("*_validate_*.ir"))
-    if not files:
-        raise FileNotFoundError("nothing was compiled: the target must return a Step or compile by itself")
-    return max(files, key=lambda f: int(f.stem.rsplit("_", 1)[1]))
-
-
-_GRAPH = re.compile(r"subgraph @(\S+?)\(")
-_NODE = re.compile(r"  %\S+\([^)]*\) = (?:PrimFunc_|DoSignaturePrimitive_)?(\w+)\(")
-_CALL = re.compile(r"  %\S+\([^)]*\) = (?:call @([^\s()]+)\(|%\d+\[@(?:Partial\()?@?([^\s()\]]+))")
-_TENSOR = re.compile(r"Tensor\[(\w+)\]\]?, \(([\d, ]*)\)")
-
-
-def read_collectives(path: Path, rank: int, ranks_of: Callable[[str], tuple[int, ...]]) -> tuple[Collective, ...]:
-    """The collectives of a dumped graph of ``rank``, of called subgraphs once for every call; sorted, equal ones counted.
-
-    ranks_of: global ranks of a named group, asked for those that carry no ranks. Raises ValueError for a collective in a
-    subgraph whose calls cannot be counted (a loop or a branch), and for one that cannot be read.
-    """
-    own, calls, entry, graph = {}, {}, None, None
-    lines = path.read_text(errors="replace").splitlines()
-    for i, line in enumerate(lines):
-        if line.startswith("# IR entry: @"):
-            entry = line[len("# IR entry: @") :].strip()
-        elif match := _GRAPH.match(line):
-            graph = match[1]
-            own[graph], calls[graph] = Counter(), Counter()
-        elif match := _CALL.match(line):
-            calls[graph][match[1] or match[2]] += 1
-        elif (match := _NODE.match(line)) and match[1] in KINDS:
-            scope = next((text for text in lines[i + 1 : i + 4] if "Fullname with scope" in text), "")
-            found = _collective(KINDS[match[1]], line, lines[i + 1], rank, ranks_of, f"{path}:{i + 1}")
-            own[graph][dataclasses.replace(found, backward="(Gradients" in scope)] += 1
-    totals: dict[str, Counter] = {}
-
-    def total(name: str) -> Counter:
-        if name not in own:
-            raise ValueError(f"{path}: cannot count the collectives of {name!r}, which is called but not among its subgraphs")
-        if name not in totals:
-            totals[name] = Counter()  # a graph that calls itself has nothing more to add
-            counts = own[name].copy()
-            for callee, times in calls[name].items():
-                counts.update({c: n * times for c, n in total(callee).items()})
-            totals[name] = counts
-        return totals[name]
-
-    counts = total(entry)
-    lost = [name for name in own if own[name] and name not in totals]
-    if lost:
-        raise ValueError(f"{path}: cannot count how often {lost} run, which communicate: they are not called directly")
-    found = [dataclasses.replace(c, count=n) for c, n in counts.items()]
-    return tuple(sorted(found, key=lambda c: (c.backward, c.kind, c.group, c.shape, c.dtype, c.op)))
-
-
-def _collective(kind: str, line: str, types: str, rank: int, ranks_of: Callable, where: str) -> Collective:
-    def number(name: str) -> int:
-        found = re.search(rf"\b{name}: \w+\((\d+)\)", line)
-        if found is None:
-            raise ValueError(f"{where}: {kind} without {name}: {line[:300]}")
-        return int(found[1])
-
-    ranks = re.search(r"\bgroup_rank_ids: \(([\d, ]+)\)", line)
-    name = re.search(r'\bgroup: "([^"]*)"', line)
-    if ranks is None and name is None:
-        raise ValueError(f"{where}: {kind} names no group: {line[:300]}")
-    group = name and group_ranks(name[1])  # ours say it; what a simulated process says of groups it joins late is the world
-    if not group:
-        group = tuple(int(r) for r in ranks[1].split(",") if r.strip()) if ranks else ranks_of(name[1])
-    if kind == "Send":
-        group = (rank, number("dst_global_rank"))
-    if kind == "Receive":
-        group = (number("src_global_rank"), rank)
-    into, _, out = types.partition("->")
-    sides = [[(d, tuple(int(n) for n in s.split(",") if n.strip())) for d, s in _TENSOR.findall(side)] for side in (into, out)]
-    sizes = [sum(math.prod(shape) * BITS.get(dtype, 0) // 8 for dtype, shape in side) for side in sides]
-    first = next((t for side in (reversed(sides) if kind == "Receive" else sides) for t in side), None)
-    if first is None or first[0] not in BITS:
-        raise ValueError(f"{where}: {kind} of a type that is not known: {types.strip()[:300]}")
-    op = re.search(r'\bop: "(\w+)"', line)
-    return Collective(kind=kind, op=op[1] if op else "", group=group, dtype=first[0], shape=first[1], bytes=max(sizes),
-                      backward=False, count=0)
