@@ -9,7 +9,10 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.communication import get_rank
 from mindspore.parallel import Layout
 
+from dsv3.parallel.groups import own_rank
+from dsv3.parallel.shard import group_of
 from dsv3.parallel.simulate import Step
+from dsv3.transform import jit, value_and_grad
 
 BATCH, WIDTH, HIDDEN, RATE = 16, 6, 20, 0.5
 STAGES, MICRO, ROWS = 2, 4, 3
@@ -165,3 +168,74 @@ def sleeps():
 def compiles_nothing():
     """A value without a graph."""
     return 1
+
+
+# -- a step that Python drives -----------------------------------------------------------------------------------------
+def driven(steps=1, fault=None):
+    """SGD on mean(square(x w)) over two ranks, two micro-batches a step: a graph that adds gradients up in place, one that
+    applies them, and a message from rank 0 to rank 1. Returns (losses, w, what rank 1 was sent).
+
+    fault: what to do wrong on rank 1 in the second step: "skip" a graph, "raise", or "other" arguments for it.
+    """
+    rank = own_rank()
+    group = group_of((0, 1))
+    total, send = ops.AllReduce("sum", group), ops.Send(sr_tag=0, dest_rank=1, group=group)
+    receive = ops.Receive(sr_tag=0, src_rank=0, shape=[WIDTH], dtype=ms.float32, group=group)
+
+    def loss_of(w, x):
+        return ops.square(ops.matmul(x, w.reshape(WIDTH, 1))).mean() / MICRO
+
+    gradient = value_and_grad(loss_of)
+
+    @jit
+    def add(w, sums, batch):
+        loss, grad = gradient(w, batch["x"])
+        return {"loss": total(ops.depend(loss, ops.assign_add(sums["w"], total(grad)))), "parts": (loss, grad.astype(ms.bfloat16))}
+
+    @jit
+    def apply(w, sums):
+        done = ops.assign_sub(w, RATE * sums["w"])
+        return (ops.assign(sums["w"], ops.depend(ops.zeros_like(w), done)),)
+
+    @jit
+    def talk(w):
+        if rank == 0:
+            return (ops.depend(w, send(w)),)
+        return (receive(w[:1]),)
+
+    x, w, _ = arrays()
+    x, w = np.tile(x, (MICRO, 1)) * np.arange(1, 1 + MICRO * BATCH, dtype=np.float32)[:, None] / 32, Tensor(w[:, 0].copy())
+    sums, losses, heard = {"w": Tensor(np.zeros(WIDTH, np.float32))}, [], None
+    for step in range(steps):
+        loss = None
+        for i in range(MICRO // 2):
+            at = (i * 2 + rank) * BATCH
+            if step == 1 and i == 0 and rank == 1 and fault:
+                if fault == "raise":
+                    raise ValueError("rank 1 stumbles")
+                if fault == "skip":
+                    continue
+            batch = {"x" if not (fault == "other" and step == 1) else "y": x[at : at + BATCH]}
+            found = add(w, sums, batch)
+            loss = found["loss"] if loss is None else loss + found["loss"]
+        losses.append(loss)
+        apply(w, sums)
+        heard = talk(w)[0]
+    return losses, w, heard
+
+
+def record_driven():
+    """``driven``, once."""
+    driven()
+
+
+def driven_numpy(steps):
+    """(losses, w) of the same in NumPy."""
+    x, w, _ = arrays()
+    x, w = np.tile(x, (MICRO, 1)) * np.arange(1, 1 + MICRO * BATCH, dtype=np.float32)[:, None] / 32, w[:, 0].copy()
+    losses = []
+    for _ in range(steps):
+        y = x @ w
+        losses.append(np.square(y).mean())
+        w = w - RATE * 2 / y.size * (x.T @ y)
+    return losses, w

@@ -44,9 +44,14 @@ def stand_for(rank: int) -> None:
     _stand_in.rank = rank
 
 
+def stands() -> bool:
+    """Whether this thread stands for a rank, so that there is nobody to form groups with."""
+    return hasattr(_stand_in, "rank")
+
+
 def own_rank() -> int:
     """The rank of this process, or that for which this thread stands."""
-    if hasattr(_stand_in, "rank"):
+    if stands():
         return _stand_in.rank
     from mindspore.communication import get_rank
 

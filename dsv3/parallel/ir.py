@@ -122,10 +122,10 @@ def _collective(kind: str, line: str, types: str, rank: int, ranks_of: Callable,
     group = name and group_ranks(name[1])  # ours say it; what a simulated process says of groups it joins late is the world
     if not group:
         group = tuple(int(r) for r in ranks[1].split(",") if r.strip()) if ranks else ranks_of(name[1])
-    if kind == "Send":
-        group = (rank, number("dst_global_rank"))
-    if kind == "Receive":
-        group = (number("src_global_rank"), rank)
+    if kind in ("Send", "Receive"):  # MindSpore's own pipelines say the other's rank, a Send in a model its place in the group
+        end, place = ("dst_global_rank", "dest_rank") if kind == "Send" else ("src_global_rank", "src_rank")
+        other = number(end) if f"{end}:" in line else group[number(place)]
+        group = (rank, other) if kind == "Send" else (other, rank)
     into, _, out = types.partition("->")
     sides = [[(d, tuple(int(n) for n in s.split(",") if n.strip())) for d, s in _TENSOR.findall(side)] for side in (into, out)]
     sizes = [sum(math.prod(shape) * BITS.get(dtype, 0) // 8 for dtype, shape in side) for side in sides]

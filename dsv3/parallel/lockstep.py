@@ -24,7 +24,7 @@ from .groups import group_ranks
 from .lockstep_ops import PRIMITIVES
 from .mindir import DTYPES, Graph, Node, Program, conform
 
-POINT_TO_POINT = {"Send", "Receive"}
+POINT_TO_POINT = {"Send": ("dst_global_rank", "dest_rank"), "Receive": ("src_global_rank", "src_rank")}
 ASSIGNMENTS = {"Assign": lambda old, new: new, "AssignAdd": np.add, "AssignSub": np.subtract}
 STRUCTURAL = {"Load", "Depend", "UpdateState", "MakeTuple", "TupleGetItem", "Partial", "Switch", "Return"}
 REDUCTIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
@@ -48,7 +48,7 @@ class Closure:
 
 def load(path: str | Path, rank: int) -> Program:
     """Read the exported program of ``rank``. Raises ValueError naming the nodes that cannot be interpreted."""
-    return mindir.load(path, rank, PRIMITIVES.keys() | COLLECTIVE.keys() | POINT_TO_POINT | ASSIGNMENTS.keys() | STRUCTURAL)
+    return mindir.load(path, rank, PRIMITIVES.keys() | COLLECTIVE.keys() | POINT_TO_POINT.keys() | ASSIGNMENTS.keys() | STRUCTURAL)
 
 
 # -- one rank ----------------------------------------------------------------------------------------------------------
@@ -137,10 +137,10 @@ def _arrival(program: Program, node: Node, inputs: tuple, world: int) -> Arrival
     group = group_ranks(str(attrs.get("group", ""))) or attrs.get("group_rank_ids") or attrs.get("rank_list")
     if attrs.get("group") == WORLD:
         group = range(world)
-    if node.op == "Send":
-        group = (program.rank, attrs["dst_global_rank"])
-    elif node.op == "Receive":
-        group = (attrs["src_global_rank"], program.rank)
+    if node.op in POINT_TO_POINT:  # MindSpore's own pipelines say the other's rank, a Send in a model its place in the group
+        end, place = POINT_TO_POINT[node.op]
+        other = attrs[end] if end in attrs else group[attrs[place]]
+        group = (program.rank, other) if node.op == "Send" else (other, program.rank)
     if group is None:
         raise ValueError(f"names the group {attrs.get('group')!r} but not its ranks")
     group = tuple(int(r) for r in group)
@@ -245,7 +245,7 @@ def _meet(waiting: dict[int, Arrival], rank: int, mail: dict) -> dict[int, Any]:
     if here.node.op == "Receive":
         queue = mail[(*here.group, here.node.attrs.get("sr_tag"))]
         return {rank: queue.popleft()} if queue and waiting.pop(rank) else {}
-    there = [waiting[r] for r in here.group if r in waiting and waiting[r].group == here.group]
+    there = [waiting[r] for r in here.group if r in waiting and waiting[r].group == here.group and waiting[r].node.op != "Receive"]
     if any(other.terms != here.terms for other in there):
         places = "; ".join(_place(r, waiting[r], mail) for r in here.group if r in waiting)
         raise RuntimeError(f"ranks of the group {list(here.group)} meet in different collectives: {places}")

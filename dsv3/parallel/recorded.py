@@ -42,16 +42,16 @@ def recorder(export: bool, planning: bool, found: list[GraphReport]) -> Callable
         flat: Any = None
         if graph.number not in places:
             k = places[graph.number] = len(found)
-            start, file = time.perf_counter(), Path(f"graph_{k}.mindir").absolute() if export else None
+            start, file = time.perf_counter(), f"graph_{k}.mindir" if export else None
             with transform.tracing(graph.number):
-                if file:
-                    ms.export(graph.function, *tensors, file_name=str(file), file_format="MINDIR")
+                if file:  # not by its whole path, in which MindSpore allows few characters
+                    ms.export(graph.function, *tensors, file_name=file, file_format="MINDIR")
                 else:
                     flat = graph.function(*tensors)
                     ms.runtime.synchronize()
             seconds, text = time.perf_counter() - start, last_graph(Path("ir"))
             found.append(GraphReport(graph.name, graph.literals, transform.outline_of(graph), 0, seconds,
-                                     read_collectives(text, get_rank(), ranks_of), file))
+                                     read_collectives(text, get_rank(), ranks_of), file and Path(file).absolute()))
             types.append(result_types(text))
         elif planning:
             flat = graph.function(*tensors)

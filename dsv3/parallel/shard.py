@@ -112,7 +112,8 @@ def enter(placement: Placement) -> None:
 def group_of(ranks: tuple[int, ...]) -> str:
     """MindSpore's name of a group of ranks; all of them must call this, in the same order of groups."""
     name = groups.group_name(ranks)
-    create_group(name, list(ranks))
+    if not groups.stands():
+        create_group(name, list(ranks))
     return name
 
 
