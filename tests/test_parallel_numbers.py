@@ -49,12 +49,16 @@ def on_one_device(cfg, batch=None):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_ranks_together_make_the_step_of_one_device(tmp_path, layout):
     text, rules, more = LAYOUTS[layout]
-    mesh, changes = Mesh.parse(text), CHANGES | more
-    cfg = dsv3.TINY.replace(**changes)
+    assert_lockstep(tmp_path, text, rules, CHANGES | more)
+
+
+def assert_lockstep(folder, text, rules, changes):
+    """The programs of all ranks have the metrics and the params of one device. -> simulate's reports."""
+    mesh, cfg = Mesh.parse(text), dsv3.TINY.replace(**changes)
     wanted, final = on_one_device(cfg)
     job = {"model": "TINY", "mesh": text, "rows": ROWS, "length": LENGTH, "rules": rules, "changes": changes,
            "learning_rate": RATE}
-    reports = simulate_ranks("dsv3.parallel.program:train_step", job, mesh.size, keep=tmp_path, export=True)
+    reports = simulate_ranks("dsv3.parallel.program:train_step", job, mesh.size, keep=folder, export=True)
     programs = [lockstep.load(r.program, r.rank) for r in reports]
     n, optimizer = ROWS // mesh.data, dsv3.adamw(RATE)
     for i in range(STEPS):
@@ -78,5 +82,6 @@ def test_all_ranks_together_make_the_step_of_one_device(tmp_path, layout):
                     table = make_rules(zero_axes=STATE_AXES, **rules)
                     expected = final[path][local_slices(spec, mesh, table, mesh.coords(rank), path, state=True)]
                 worst = max(worst, float(np.abs(found - expected).max()))
-    print(layout, "largest difference of a param:", worst)
+    print(text, rules, "largest difference of a param:", worst)
     assert worst < 1e-5
+    return reports

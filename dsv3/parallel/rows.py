@@ -50,7 +50,10 @@ def gather_seq(x, name):
     joined = joined.reshape(B, n * t, F)
     if name == "residual" or parts("seq") == 1:
         return joined
-    return ops.gather(joined, _places(n * t), 1)
+    chunks, sorted_chunks = ops.split(joined, n * t // (2 * parts("seq")), axis=1), ()
+    for i in _places():
+        sorted_chunks = sorted_chunks + (chunks[i],)
+    return ops.cat(sorted_chunks, axis=1)
 
 
 def scatter_seq(y, name):
@@ -67,23 +70,26 @@ def scatter_seq(y, name):
 
 
 def order(length: int, n: int) -> np.ndarray:
-    """Positions of a row one rank of n after another: of the chunks of a 2n-th, 0 and 2n-1, then 1 and 2n-2, and so on."""
-    if n == 1:
-        return np.arange(length)
-    chunks = np.arange(length).reshape(2 * n, -1)
-    return np.concatenate([chunks[[i, 2 * n - 1 - i]].reshape(-1) for i in range(n)])
+    """Positions of a row, those of the first of n ranks, of the second, ... [length] int32."""
+    positions = np.arange(length, dtype=np.int32)
+    return positions if n == 1 else positions.reshape(2 * n, -1)[_chunks(n)].reshape(-1)
+
+
+def _chunks(n: int) -> list[int]:
+    return [chunk for i in range(n) for chunk in (i, 2 * n - 1 - i)]
 
 
 @constexpr
 def _positions(name: str, length: int) -> Tensor:
     place = here()
     every = order(length, len(place.group("seq"))).reshape(len(place.group(name)), -1)
-    return Tensor(every[place.index(name)].astype(np.int32))
+    return Tensor(every[place.index(name)])
 
 
 @constexpr
-def _places(length: int) -> Tensor:
-    return Tensor(np.argsort(order(length, len(here().group("seq")))).astype(np.int32))
+def _places() -> tuple[int, ...]:
+    """Where each chunk of a row is when the ranks' are one after another."""
+    return tuple(int(i) for i in np.argsort(_chunks(len(here().group("seq")))))
 
 
 @constexpr
