@@ -22,6 +22,7 @@ from .nn.router import route as default_route
 from .nn.vocab import embed, head, token_losses
 from .parallel.rows import gather_seq, own_seq
 from .parallel.shard import parts, psum
+from .parallel.zero import cuts_params, gathered, shard_names
 from .spec import DTYPES, ParamSpec, draw, normal, ones
 from .transform import compiled
 from .tree import tree_map, tree_map_with_path
@@ -98,12 +99,32 @@ def make_block(cfg: Config, route: Callable | None, balance: Callable | None) ->
     chosen_balance = make_balance(cfg) if balance is None else balance
 
     def one_block(params, x, rope, segment_ids, recompute, counted=None):
-        if recompute:  # block itself, not this closure: MindSpore cannot recompute a function made inside a graph
-            return ms.recompute(block, params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance,
+        if recompute:  # not this closure: MindSpore cannot recompute a function made inside a graph
+            return ms.recompute(_whole_block, params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance,
                                 counted=counted)
-        return block(params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance, counted=counted)
+        return _whole_block(params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance, counted=counted)
 
     return one_block
+
+
+def _whole_block(params, x, rope, segment_ids, *, cfg, route, balance, counted):
+    """``block`` of params that are kept as parts (ZeRO level 3): inside of what is recomputed, so that they are not saved."""
+    if cuts_params():
+        params = gathered(params, _block_shards(cfg, "router" in params))
+    return block(params, x, rope, segment_ids, cfg=cfg, route=route, balance=balance, counted=counted)
+
+
+@constexpr
+def _block_shards(cfg: Config, is_moe: bool) -> dict:
+    return shard_names(block_spec(cfg, is_moe))
+
+
+@constexpr
+def _end_shards(cfg: Config) -> dict:
+    """Names for ``gathered`` of what stands outside of blocks; blocks stay as they are."""
+    tree, inside = shard_names(param_specs(cfg)), block_spec(cfg, True)
+    mtp = tuple({k: "@" if k in inside else v for k, v in one.items()} for one in tree.get("mtp", ()))
+    return tree | {"layers": "@"} | ({"mtp": mtp} if mtp else {})
 
 
 @compiled
@@ -190,6 +211,8 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
     MTP, E] int32}); all but the load are differentiable.
     """
     params, one_block = computable(params), make_block(cfg, route, balance)
+    if cuts_params():
+        params = gathered(params, _end_shards(cfg))
     embedded = embed(params["embed"], batch["tokens"])
     x, loads, aux = layers(params["layers"], embedded, batch, one_block, recompute, cfg)
     main_loss, mtp_loss, more_loads, more_aux = score(params, x, embedded, batch, one_block, recompute, cfg, mtp_prenorm)

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops.primitive import constexpr
 
-from .kernels.adamw import adamw_update, global_norm_sq
+from .kernels.adamw import adamw_update, global_norm_sq, store
 from .schedule import Schedule, value_at
 from .transform import compiled
 from .tree import fill, flat_paths, flatten, paths, tree_map
@@ -24,6 +24,8 @@ class Optimizer:
     function given to ``jit``. update_(hyper, leaves, grads, m, v, masters, decays) -> (done, grad_norm) is its form in
     place on flat tuples, for graph code: leaves, m, v and masters change, and ``done`` must be returned from the graph.
     apply_(hyper, grad_norm, leaves, ...) -> done is the same for a norm that is known, of gradients cut over ranks.
+    renew_(hyper, grad_norm, old, grads, m, v, decays) -> (new, done) leaves the float32 values ``old`` as they are, for
+    parts of leaves, and returns the new ones; m and v change.
     hyper(step) -> the float32 vector that update_ takes. decays(path, shape) -> bool is the mask of weight decay.
     """
 
@@ -31,6 +33,7 @@ class Optimizer:
     update: Callable[[Any, dict, Any], tuple]
     update_: Callable[..., tuple]
     apply_: Callable[..., Any]
+    renew_: Callable[..., tuple]
     hyper: Callable[[int], np.ndarray]
     decays: Callable[[str, tuple[int, ...]], bool]
     learning_rate: float | Schedule
@@ -123,7 +126,13 @@ def adamw(learning_rate: float | Schedule = 2.2e-4, *, beta1: float = 0.9, beta2
     def apply_(hyper_7, norm, leaves, grads, m, v, masters, decays):
         return adamw_update(ops.cat((hyper_7, ops.expand_dims(clip(norm), 0))), leaves, grads, m, v, decays, masters)
 
-    def one_leaf(lr, rate, root2, scale, p, g, m, v, master, moves, decays):
+    def renew_(hyper_7, norm, old, grads, m, v, decays):
+        rate, root2 = hyper_7[0] / hyper_7[5], ops.sqrt(hyper_7[6])
+        new = _map(ops.partial(one_leaf, hyper_7[0], rate, root2, clip(norm)), old, grads, m, v, old, decays)
+        done = _map(store, m, _map(ops.partial(_pick, 1), new)), _map(store, v, _map(ops.partial(_pick, 2), new))
+        return _map(ops.partial(_pick, 3), new), done
+
+    def one_leaf(lr, rate, root2, scale, p, g, m, v, master, decays, moves=True):
         """(param, m, v, master) of one leaf after the update; ``master`` is p itself where that is float32."""
         if not moves:
             return p, m, v, master
@@ -146,11 +155,11 @@ def adamw(learning_rate: float | Schedule = 2.2e-4, *, beta1: float = 0.9, beta2
         rate, root2 = lr / (1 - ops.pow(b1, t)), ops.sqrt(1 - ops.pow(b2, t))
         masters = flatten(state["masters"]) if "masters" in state else ()
         old = _map(ops.partial(_take, p + masters), sources)
-        new = _map(ops.partial(one_leaf, lr, rate, root2, scale), p, g, m, v, old, moves, decayed)
+        new = _map(ops.partial(one_leaf, lr, rate, root2, scale), p, g, m, v, old, decayed, moves)
         after = {"step": state["step"] + 1, "m": fill(state["m"], _map(ops.partial(_pick, 1), new)),
                  "v": fill(state["v"], _map(ops.partial(_pick, 2), new))}
         if "masters" in state:
             after["masters"] = fill(state["masters"], _map(ops.partial(_pick, 3), _map(ops.partial(_take, new), narrow)))
         return fill(params, _map(ops.partial(_pick, 0), new)), after
 
-    return Optimizer(init, update, update_, apply_, hyper, decay, learning_rate)
+    return Optimizer(init, update, update_, apply_, renew_, hyper, decay, learning_rate)

@@ -18,9 +18,9 @@ from .optim import Optimizer, is_state
 from .parallel.groups import own_rank
 from .parallel.mesh import Mesh
 from .parallel.rules import make_rules
-from .parallel.shard import Placement, global_norm, placed, sum_copies
+from .parallel.shard import Placement, placed
+from .parallel.zero import check_state, make_update
 from .schedule import Schedule, value_at
-from .spec import is_spec
 from .transform import builder, jit, picker, value_and_grad
 from .tree import flatten, paths
 
@@ -38,18 +38,16 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     "learning_rate" (a Python float). When the gradients are not finite nothing but the count changes, and grad_norm
     says so. Raises ValueError when the rows do not divide.
 
-    mesh: a ``parallel.Mesh``; this process is one rank of it, params and opt_state are its slices (``parallel.place``), the
-    batch its own rows. rules: ``parallel.make_rules()`` by default. Communication is explicit, so that any device that has
-    the collectives will do, the CPU too; metrics are those of the whole batch, on every rank.
+    mesh: a ``parallel.Mesh``; this process is one rank of it, params are its slices (``parallel.shard.place``), opt_state
+    that of its parts (``parallel.zero.init_state``), the batch its own rows. rules: ``parallel.make_rules()`` by default; its
+    ``zero`` is one of 0 to 3. Communication is explicit, so that any device that has the collectives will do, the CPU too;
+    metrics are those of the whole batch, on every rank.
     """
     placement = None
     if mesh is not None:
         if not isinstance(mesh, Mesh):
             raise ValueError(f"mesh={mesh!r}; expected a dsv3.parallel.Mesh, or None for one device")
         placement = Placement(mesh, rules or make_rules(), own_rank())
-        if placement.rules.zero:
-            raise ValueError(f"mesh {mesh}, zero={placement.rules.zero}: the update is not shared out here; leave zero=0, or "
-                             f"compile dsv3.parallel.program for Ascend, where MindSpore does it")
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}; expected at least 1")
 
@@ -58,6 +56,8 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     def step(params: Any, opt_state: dict, batch: dict) -> tuple[Any, dict, dict]:
         structure = optree.tree_structure((params, "masters" in opt_state))
         if structure not in steps:
+            if placement:
+                check_state(params, opt_state, param_specs(cfg), placement)
             steps[structure] = _bind(params, loss_of, optimizer, accumulate, cfg, placement)
         count = int(opt_state["step"].asnumpy())
         rates = (value_at(bias_update_rate, count), value_at(mtp_weight, count))
@@ -85,9 +85,7 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
     build = builder(params, is_bias)
     pick = picker(params, [not bias for bias in is_bias])
     is_cut, share = placement is not None, 1 / len(placement.group("all")) if placement else 1.0
-    specs = [item for item in paths(param_specs(cfg), is_spec) if not is_state(item[0])] if placement else []
-    copies = tuple(placement.copies(spec, path) for path, spec in specs)
-    shares = tuple(placement.share(spec, path) for path, spec in specs)
+    reduce, update_ = make_update(optimizer, param_specs(cfg), placement, decays)
 
     def objective(params, batch, weight):
         """Of a rank: all of them report the loss, and the sum of what they report is differentiated (parallel.shard)."""
@@ -98,12 +96,7 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
     loss_and_grads = value_and_grad(objective, has_aux=True)
 
     def finish(leaves, biases, grads, m, v, masters, load_LE, hyper):
-        if is_cut:
-            grads = sum_copies(grads, copies)
-            norm = global_norm(grads, shares)
-            done = optimizer.apply_(hyper[:7], norm, leaves, grads, m, v, masters, decays)
-        else:
-            done, norm = optimizer.update_(hyper[:7], leaves, grads, m, v, masters, decays)
+        done, norm = update_(hyper[:7], leaves, grads, m, v, masters)
         # The rate depends on the norm of all gradients, so no recomputed forward pass can see a new bias.
         rate = ops.where(ops.isfinite(norm), hyper[7], ops.zeros_like(norm))
         moved = ()
@@ -114,7 +107,7 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
     @jit
     def whole(leaves, biases, moments, batch, hyper):
         (_, metrics), tree = loss_and_grads(build(leaves, biases), batch, hyper[8])
-        grads = pick(tree)
+        grads = reduce(pick(tree))
         metrics["grad_norm"] = finish(leaves, biases, grads, moments["m"], moments["v"], moments["masters"],
                                       metrics["load"], hyper)
         return metrics
@@ -122,7 +115,7 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
     @jit
     def part(leaves, biases, sums, batch, weight):
         (_, metrics), tree = loss_and_grads(build(leaves, biases), batch, weight)
-        grads = pick(tree)
+        grads = reduce(pick(tree))
         added = ()
         for i in range(len(sums)):
             added = added + (ops.assign_add(sums[i], grads[i].astype(ms.float32)),)
@@ -149,7 +142,8 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
         if accumulate == 1:
             return whole(leaves, biases, moments, batch, hyper)
         if not accumulators:
-            accumulators.append(tuple(Tensor(np.zeros(leaf.shape, np.float32)) for leaf in leaves))
+            sums_like = moments["m"] if placement and placement.rules.zero >= 2 else leaves
+            accumulators.append(tuple(Tensor(np.zeros(leaf.shape, np.float32)) for leaf in sums_like))
         metrics: dict = {}
         for micro in split_rows(batch, accumulate, cfg):
             one = part(leaves, biases, accumulators[0], micro, hyper[8])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import dsv3
-from dsv3.checkpoint.leaves import host
 from dsv3.model import param_specs
 from dsv3.parallel import lockstep
 from dsv3.parallel.bind import METRICS
@@ -35,15 +34,18 @@ LAYOUTS = {
 }
 
 
-def on_one_device(cfg, batch=None):
-    """Metrics of each step, and the params after the last, by make_train_step on the CPU. batch(tokens, seed): tokens alone."""
-    params, optimizer = dsv3.init(cfg, seed=0), dsv3.adamw(RATE)
-    step, state, metrics = dsv3.make_train_step(cfg, optimizer), optimizer.init(params), []
+def on_one_device(cfg, batch=None, dtype="float32", **options):
+    """Metrics of each step, and the params after the last as float32, by make_train_step (and its options) on the CPU.
+
+    batch(tokens, seed): tokens alone.
+    """
+    params, optimizer = dsv3.init(cfg, seed=0, dtype=dtype), dsv3.adamw(RATE)
+    step, state, metrics = dsv3.make_train_step(cfg, optimizer, **options), optimizer.init(params), []
     for i in range(STEPS):
         tokens = batch_of(cfg, ROWS, LENGTH, 1 + i)
         params, state, found = step(params, state, batch(tokens, 1 + i) if batch else {"tokens": tokens})
         metrics.append({k: v.asnumpy() for k, v in found.items() if k != "learning_rate"})
-    return metrics, {path: host(leaf) for path, leaf in paths(params)}
+    return metrics, {path: leaf.float().asnumpy() for path, leaf in paths(params)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -25,15 +25,17 @@ from dsv3.tree import paths
 HERE = Path(__file__).parent
 
 
-def launch(folder, mesh, changes, rules=None, documents=False):
-    """Run the worker on every rank of a mesh; rules: arguments of ``make_rules``; documents: rows of several."""
+def launch(folder, mesh, changes, rules=None, documents=False, options=None):
+    """Run the worker on every rank of a mesh; rules: arguments of ``make_rules``; documents: rows of several; options: of
+    ``make_train_step``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     msrun = shutil.which("msrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     command = [msrun, f"--worker_num={mesh.size}", f"--local_worker_num={mesh.size}", f"--master_port={port}",
                f"--log_dir={folder / 'log'}", "--join=True", str(HERE / "parallel_worker.py"), str(mesh), json.dumps(changes),
-               str(ROWS), str(LENGTH), str(STEPS), str(RATE), str(folder), json.dumps(rules or {}), json.dumps(documents)]
+               str(ROWS), str(LENGTH), str(STEPS), str(RATE), str(folder), json.dumps(rules or {}), json.dumps(documents),
+               json.dumps(options or {})]
     environment = os.environ | {  # msrun starts "python" and does not set the path
         "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),

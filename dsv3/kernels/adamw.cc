@@ -171,4 +171,15 @@ int adamw_update(int n, void** data, int* ndims, int64_t** shapes, const char** 
   });
   return 0;
 }
+// a float32 or bfloat16 leaf and as many float32 values -> [1] float32, 0. The leaf becomes the values, rounded to nearest,
+// ties to even, in place.
+int store(int n, void** data, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
+  if (n != 3 || !is_float32(dtypes[1])) return unsupported("stored value", 0, dtypes[1]);
+  if (!is_float32(dtypes[0]) && !is_bfloat16(dtypes[0])) return unsupported("leaf", 0, dtypes[0]);
+  const int64_t size = count(ndims[0], shapes[0]);
+  const Values leaf{data[0], is_bfloat16(dtypes[0])};
+  leaf.write(0, size, static_cast<float*>(data[1]));
+  *static_cast<float*>(data[2]) = 0;
+  return 0;
+}
 }

@@ -79,6 +79,18 @@ def adamw_update(scalars: Tensor, params: tuple, grads: tuple, m: tuple, v: tupl
     return adamw_update_reference(scalars, params, grads, m, v, decay, masters)
 
 
+def store(leaf: Tensor, value: Tensor) -> Tensor:
+    """``leaf`` becomes ``value`` rounded to its dtype, in place; return the result from the graph, or it is pruned.
+
+    value: of the leaf's shape, any float dtype. Native for bfloat16 on the CPU alone, which MindSpore cannot assign there.
+    Raises ValueError for that without the native kernel.
+    """
+    if leaf.dtype == ms.bfloat16 and native.enabled():
+        return _store_op()(leaf, value.astype(ms.float32))
+    _check_assignable((leaf.dtype,))
+    return ops.assign(leaf, value.astype(leaf.dtype))
+
+
 def global_norm_sq_reference(*grads: Tensor) -> Tensor:
     """``global_norm_sq`` composed of MindSpore operators: any device, in float32."""
     return ops.stack(_map(_sum_of_squares, grads)).sum()
@@ -207,7 +219,7 @@ def _ops():
     def op(function):
         return native.native_op("adamw", function, lambda *shapes: (1,), lambda *dtypes: ms.float32)
 
-    return op("global_norm_sq"), op("adamw_update")
+    return op("global_norm_sq"), op("adamw_update"), op("store")
 
 
 @constexpr
@@ -218,3 +230,8 @@ def _norm_op():
 @constexpr
 def _update_op():
     return _ops()[1]
+
+
+@constexpr
+def _store_op():
+    return _ops()[2]

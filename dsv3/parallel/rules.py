@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from ..optim import is_state
 from ..spec import ParamSpec, is_spec
 from ..tree import paths
-from .mesh import Mesh, divisors, expand
+from .mesh import AXES, Mesh, divisors, expand
 
 Layout = tuple[tuple[str, ...], ...]  # for each dim the mesh axes that cut it, the first the slowest; () for a whole dim
 
@@ -132,11 +133,12 @@ def local_shape(spec: ParamSpec, mesh: Mesh, rules: Rules, name: str = "leaf") -
 def state_shards(spec: ParamSpec, mesh: Mesh, rules: Rules, name: str = "leaf") -> int:
     """Into how many parts ZeRO cuts dim 0 of a rank's part: the number of its copies, or ``shard_size`` of them.
 
-    1 when ``zero`` is 0 and when dim 0 does not divide (MindSpore too leaves such a leaf whole).
+    1 when ``zero`` is 0, when dim 0 does not divide (MindSpore too leaves such a leaf whole), and for the router's choice
+    bias, which has no state and is used and updated whole.
     """
-    if rules.zero == 0:
+    if rules.zero == 0 or is_state(name):
         return 1
-    n = mesh.extent(_copies(layout(spec, mesh, rules, name), rules))
+    n = mesh.extent(copies(layout(spec, mesh, rules, name), rules))
     if rules.shard_size is not None and n % rules.shard_size == 0:
         n = rules.shard_size
     return 1 if local_shape(spec, mesh, rules, name)[0] % n else n
@@ -153,14 +155,14 @@ def local_slices(spec: ParamSpec, mesh: Mesh, rules: Rules, coords: dict[str, in
     if state:
         shards = state_shards(spec, mesh, rules, name)
         local = (local[0] // shards, *local[1:])
-        starts[0] += mesh.index(coords, _copies(cuts, rules)) % shards * local[0]
+        starts[0] += mesh.index(coords, copies(cuts, rules)) % shards * local[0]
     return tuple(slice(start, start + n) for start, n in zip(starts, local))
 
 
-def _copies(cuts: Layout, rules: Rules) -> tuple[str, ...]:
-    """Axes along which ranks hold the same part of a leaf and share its state."""
-    used = {axis for dim in cuts for axis in dim}
-    return tuple(axis for axis in expand(rules.zero_axes) if axis not in used)
+def copies(cuts: Layout, rules: Rules) -> tuple[str, ...]:
+    """Axes along which ranks hold the same part of a leaf and share its state, slowest first."""
+    used, shared = {axis for dim in cuts for axis in dim}, expand(rules.zero_axes)
+    return tuple(axis for axis in AXES if axis in shared and axis not in used)
 
 
 # -- all leaves --------------------------------------------------------------------------------------------------------

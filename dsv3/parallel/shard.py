@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +63,10 @@ class Placement:
 
     def axes(self, name: str) -> tuple[str, ...]:
         """Mesh axes of size above 1 that cut the dim of this name. "all" is every axis of a stage, "@a+b" the axes a and b,
-        "residual" the axes of "residual_seq" beyond those of "seq"."""
+        "residual" the axes of "residual_seq" beyond those of "seq". For ``group``, "@a+b%n" is every n neighbours of the ranks
+        along a and b, "@a+b/n" those that have the same place among such n."""
         if name.startswith("@"):
-            axes: tuple[str, ...] = tuple(filter(None, name[1:].split("+")))
+            axes: tuple[str, ...] = tuple(filter(None, re.split("[%/]", name[1:])[0].split("+")))
         elif name == "residual":
             axes = tuple(a for a in self.rules.axes("residual_seq") if a not in self.rules.axes("seq"))
         else:
@@ -73,7 +75,12 @@ class Placement:
 
     def group(self, name: str) -> tuple[int, ...]:
         """Ranks that hold the parts of the dim, in the order of the parts."""
-        return self.mesh.group(self.rank, self.axes(name))
+        ranks = self.mesh.group(self.rank, self.axes(name))
+        _, kind, n = re.fullmatch(r"([^%/]*)([%/]?)(\d*)", name).groups()
+        if kind == "%":
+            first = ranks.index(self.rank) // int(n) * int(n)
+            return ranks[first:first + int(n)]
+        return ranks[ranks.index(self.rank) % int(n)::int(n)] if kind else ranks
 
     def copies(self, spec: ParamSpec, path: str) -> str:
         """The name, for ``psum``, of the axes along which ranks hold copies of this rank's part of a leaf."""
@@ -87,6 +94,8 @@ class Placement:
 
     def index(self, name: str) -> int:
         """Which part this rank holds."""
+        if name.startswith("@"):
+            return self.group(name).index(self.rank)
         return self.mesh.index(self.mesh.coords(self.rank), self.axes(name))
 
 
@@ -108,6 +117,7 @@ def enter(placement: Placement) -> None:
     _placed.append(placement)
 
 
+
 @functools.cache
 def group_of(ranks: tuple[int, ...]) -> str:
     """MindSpore's name of a group of ranks; all of them must call this, in the same order of groups."""
@@ -117,12 +127,16 @@ def group_of(ranks: tuple[int, ...]) -> str:
     return name
 
 
-def place(tree: Any, specs: Any, placement: Placement) -> Any:
-    """A rank's slices of whole params (or of anything shaped like them), as Tensors of their own."""
+def place(tree: Any, specs: Any, placement: Placement, *, state: bool = False) -> Any:
+    """A rank's slices of whole params (or of anything shaped like them), as Tensors of their own.
+
+    state: the slices of which the rank keeps the optimiser's state under ZeRO. Params are kept so too at level 3.
+    """
+    state = state or placement.rules.zero == 3
     coords, leaves = placement.mesh.coords(placement.rank), dict(paths(tree))
 
     def part_of(path: str, spec: ParamSpec) -> Tensor:
-        where = local_slices(spec, placement.mesh, placement.rules, coords, path)
+        where = local_slices(spec, placement.mesh, placement.rules, coords, path, state=state)
         return Tensor(np.ascontiguousarray(leaves[path].asnumpy()[where]), dtype=leaves[path].dtype)
 
     return tree_map_with_path(part_of, specs)
@@ -147,7 +161,8 @@ def part(name: str) -> int:
 
 
 @constexpr
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether this is compiled for the CPU, which has AllReduce of float32 sums and Broadcast alone."""
     return ms.get_context("device_target") == "CPU"
 
 
@@ -178,7 +193,7 @@ def psum(x, name):
     """The sum of x over the ranks that hold parts of the dim ``name``; all of them get it."""
     if parts(name) == 1:
         return x
-    if _on_cpu() and x.dtype == ms.int32:  # whose AllReduce has no integers; counts below 2^24 are exact
+    if on_cpu() and x.dtype == ms.int32:  # whose AllReduce has no integers; counts below 2^24 are exact
         return _all_reduce(name, "SUM")(x.astype(ms.float32)).astype(ms.int32)
     return _all_reduce(name, "SUM")(x)
 
@@ -188,7 +203,7 @@ def pmax(x, name):
     x = ops.stop_gradient(x)
     if parts(name) == 1:
         return x
-    if _on_cpu():  # whose AllReduce only adds
+    if on_cpu():  # whose AllReduce only adds
         rows = psum(_own_part(name) * x.reshape(1, -1), name)
         return ops.stop_gradient(ops.amax(rows, 0).reshape(x.shape))
     return ops.stop_gradient(_all_reduce(name, "MAX")(x))
@@ -199,7 +214,7 @@ def all_gather(x, name):
     n = parts(name)
     if n == 1:
         return x
-    if _on_cpu():  # which has no gradient of AllGather
+    if on_cpu():  # which has no gradient of AllGather
         rows = _own_part(name).astype(x.dtype) * x.reshape(1, -1)
         return psum(rows, name).reshape((n * x.shape[0],) + x.shape[1:])
     return _all_gather(name)(x)
@@ -210,7 +225,7 @@ def reduce_scatter(x, name):
     n = parts(name)
     if n == 1:
         return x
-    if _on_cpu():
+    if on_cpu():
         rows = psum(x, name).reshape(n, -1)
         return rows[part(name)].reshape((x.shape[0] // n,) + x.shape[1:])
     return _reduce_scatter(name)(x)
