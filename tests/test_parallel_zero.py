@@ -18,7 +18,8 @@ from dsv3.spec import is_spec
 from dsv3.tree import paths
 
 # q_lora 33: wq_b [33, 192] and q_norm [33] do not divide by 2 and stay whole
-ODD = CHANGES | {"q_lora_rank": 33, "num_nextn_predict_layers": 1}
+ODD = CHANGES | {"q_lora_rank": 33, "num_hidden_layers": 1, "first_k_dense_replace": 0}
+DEEP = CHANGES | {"q_lora_rank": 33, "num_nextn_predict_layers": 1}  # a dense block, a MoE block, an MTP module
 CASES = {
     "dp2 ZeRO-1": ("data=2", {"zero": 1}, {}),
     "dp2 ZeRO-2, accumulate": ("data=2", {"zero": 2}, {"accumulate": 2}),
@@ -31,9 +32,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_processes_share_out_the_state_and_make_the_step_of_one_device(tmp_path, case):
     text, rules, options = CASES[case]
-    mesh, cfg, table = Mesh.parse(text), dsv3.TINY.replace(**ODD), make_rules(**rules)
+    changes = DEEP if "recompute" in options else ODD
+    mesh, cfg, table = Mesh.parse(text), dsv3.TINY.replace(**changes), make_rules(**rules)
     wanted, final = on_one_device(cfg, accumulate=options.get("accumulate", 1))
-    launch(tmp_path, mesh, ODD, rules, options)
+    launch(tmp_path, mesh, changes, rules, options)
     expected = [leaf_bytes(leaf, table, Run(dtype="float32")) for leaf in leaves(param_specs(cfg), mesh, table)]
     assert 1 < len({leaf.shards for leaf in leaves(param_specs(cfg), mesh, table)}), "some leaves are cut, some not"
     for rank in range(mesh.size):
