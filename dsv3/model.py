@@ -89,8 +89,13 @@ def layers(params: tuple, x: Tensor, batch: dict, one_block: Callable, recompute
 
 
 @constexpr
-def _recomputes(recompute: Any, layer: int) -> bool:
-    return recompute if isinstance(recompute, bool) else layer in recompute
+def _recomputes(recompute: Any, layer: int) -> str:
+    """How much of a block is computed again in the backward pass: "none", "selective" or "full"."""
+    if isinstance(recompute, str) and recompute != "selective":
+        raise ValueError(f"recompute={recompute!r}; expected True, False, 'selective' or a tuple of layer numbers")
+    if isinstance(recompute, str):
+        return recompute
+    return "full" if (recompute if isinstance(recompute, bool) else layer in recompute) else "none"
 
 
 def make_block(cfg: Config, route: Callable | None, balance: Callable | None) -> Callable:
@@ -98,20 +103,21 @@ def make_block(cfg: Config, route: Callable | None, balance: Callable | None) ->
     chosen_route = default_route if route is None else route
     chosen_balance = make_balance(cfg) if balance is None else balance
 
-    def one_block(params, x, rope, segment_ids, recompute, counted=None):
-        if recompute:  # not this closure: MindSpore cannot recompute a function made inside a graph
+    def one_block(params, x, rope, segment_ids, recompute="none", counted=None):
+        if recompute == "full":  # not this closure: MindSpore cannot recompute a function made inside a graph
             return ms.recompute(_whole_block, params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance,
                                 counted=counted)
-        return _whole_block(params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance, counted=counted)
+        return _whole_block(params, x, rope, segment_ids, cfg=cfg, route=chosen_route, balance=chosen_balance, counted=counted,
+                            selective=recompute == "selective")
 
     return one_block
 
 
-def _whole_block(params, x, rope, segment_ids, *, cfg, route, balance, counted):
+def _whole_block(params, x, rope, segment_ids, *, cfg, route, balance, counted, selective=False):
     """``block`` of params that are kept as parts (ZeRO level 3): inside of what is recomputed, so that they are not saved."""
     if cuts_params():
         params = gathered(params, _block_shards(cfg, "router" in params))
-    return block(params, x, rope, segment_ids, cfg=cfg, route=route, balance=balance, counted=counted)
+    return block(params, x, rope, segment_ids, cfg=cfg, route=route, balance=balance, counted=counted, selective=selective)
 
 
 @constexpr
@@ -206,7 +212,9 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
     ahead where that lies in the same segment; its loss is the mean over the depths.
 
     mtp_weight: 0-D float32, default 0.3. route, balance: stand-ins for ``nn.router.route`` and the function made by
-    ``nn.balance.make_balance``. recompute: True, or a tuple of layer numbers (MTP blocks follow the main ones).
+    ``nn.balance.make_balance``. recompute: True, a tuple of layer numbers (MTP blocks follow the main ones), or "selective",
+    the norms and MLA up-projections of every block (report section 3.2.3). What ranks say to each other in a recomputed part
+    is said again.
     Returns (loss, {"loss", "main_loss", "mtp_loss", "balance_loss" (weighted) 0-D float32, "load" [MoE layers incl.
     MTP, E] int32}); all but the load are differentiable.
     """

@@ -28,7 +28,7 @@ from .tree import flatten, paths
 def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rules: Any = None, route: Callable | None = None,
                     balance: Callable | None = None, mtp_weight: float | Schedule = 0.3,
                     bias_update_rate: float | Schedule = 0.001, accumulate: int = 1,
-                    recompute: bool | tuple[int, ...] = False, mtp_prenorm: bool = False) -> Callable:
+                    recompute: bool | str | tuple[int, ...] = False, mtp_prenorm: bool = False) -> Callable:
     """``step(params, opt_state, batch) -> (params, opt_state, metrics)``: loss, gradients, AdamW, router bias.
 
     params and opt_state are donated: their tensors are updated in place and handed back; the count of steps is new.
@@ -41,7 +41,8 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     mesh: a ``parallel.Mesh``; this process is one rank of it, params are its slices (``parallel.shard.place``), opt_state
     that of its parts (``parallel.zero.init_state``), the batch its own rows. rules: ``parallel.make_rules()`` by default; its
     ``zero`` is one of 0 to 3. Communication is explicit, so that any device that has the collectives will do, the CPU too;
-    metrics are those of the whole batch, on every rank.
+    metrics are those of the whole batch, on every rank. Level 3 keeps one block's params whole at a time only where blocks
+    are recomputed.
     """
     placement = None
     if mesh is not None:

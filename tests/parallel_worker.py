@@ -49,7 +49,8 @@ def main(mesh, changes, rows, length, steps, rate, folder, rules="{}", documents
     out = {"params": params, "state": {k: v for k, v in state.items() if k != "step"}}
     sizes = {kind: sum(leaf.nbytes for path, leaf in paths(tree) if kind == "params" or not is_state(path))
              for kind, tree in out.items()}  # the router bias has moments too, which nothing uses
-    np.savez(f"{folder}/rank_{get_rank()}.npz", **{path: leaf.float().asnumpy() for path, leaf in paths(params)})
+    np.savez(f"{folder}/rank_{get_rank()}.npz", **{path: leaf.float().asnumpy() for path, leaf in paths(params)},
+             **{f"master.{path}": leaf.asnumpy() for path, leaf in state.get("masters", {}).items()})
     with open(f"{folder}/rank_{get_rank()}.json", "w") as file:
         json.dump(metrics, file)
     with open(f"{folder}/bytes_{get_rank()}.json", "w") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from ..kernels.rms_norm import rms_norm
 from ..parallel.rows import gather_seq, scatter_seq
 from ..spec import ParamSpec, ones
-from .mla import mla, mla_spec
+from .mla import again, mla, mla_spec
 from .mlp import mlp, mlp_spec
 from .moe import moe, moe_spec
 
@@ -18,14 +18,16 @@ def block_spec(cfg, is_moe: bool) -> dict:
             "ffn_norm": ParamSpec((D,), ("embed",), ones)} | ffn
 
 
-def block(params, x, rope, segment_ids, *, cfg, route, balance, counted=None):
+def block(params, x, rope, segment_ids, *, cfg, route, balance, counted=None, selective=False):
     """x: [B, T, D] -> (x, load, balance loss); for a dense block the last two are empty tuples.
 
     Where rows are cut, x is a rank's positions of them ("residual_seq"); rope and segment_ids are of whole rows. counted: how
     many positions of a row, from its first, load and balance loss are about; all by default.
+    selective: norms and up-projections of the latents are computed again in the backward pass.
     """
-    x = x + mla(params["attn"], rms_norm(x, params["attn_norm"], cfg.rms_norm_eps), rope, segment_ids, cfg=cfg)
-    h = rms_norm(x, params["ffn_norm"], cfg.rms_norm_eps)
+    h = again(rms_norm, selective, x, params["attn_norm"], cfg.rms_norm_eps)
+    x = x + mla(params["attn"], h, rope, segment_ids, cfg=cfg, selective=selective)
+    h = again(rms_norm, selective, x, params["ffn_norm"], cfg.rms_norm_eps)
     if "router" in params:
         y, load, aux = moe(params, h, cfg=cfg, route=route, balance=balance, counted=counted)
         return x + y, (load,), (aux,)

@@ -1,6 +1,7 @@
 """Multi-head latent attention in its training form (DeepSeek-V3 report, section 2.1.1, equations 1-11)."""
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import ops
 
 from ..kernels.attention import mla_attention
@@ -30,7 +31,7 @@ def mla_spec(cfg) -> dict:
     }
 
 
-def mla(params, x, rope, segment_ids, *, cfg):
+def mla(params, x, rope, segment_ids, *, cfg, selective=False):
     """Causal self-attention through a latent of ``kv_lora_rank``. x: [B, T, D] -> [B, T, D].
 
     With a mesh the heads are cut: each rank computes those whose columns of wq_b and wkv_b it has. Where rows are cut too, x
@@ -41,16 +42,34 @@ def mla(params, x, rope, segment_ids, *, cfg):
 
     rope: (cos, sin) of ``rope_tables``; segment_ids: [B, T] int32 or None, tokens see their own segment only; both of whole
     rows. Only the latent is normalised; the rotary key ``k_pe`` is not, and is one for all heads. Softmax in float32.
+
+    selective: make queries, keys and values again from the latents in the backward pass (report section 3.2.3); where the
+    queries' latent is gathered on the way, it is gathered again.
     """
     C, R, eps = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.rms_norm_eps
     if cfg.q_lora_rank is None:
         q = linear(gather_seq(x, "residual"), params["wq"])
     else:
-        q = linear(gather_seq(rms_norm(linear(x, params["wq_a"]), params["q_norm"], eps), "residual"), params["wq_b"])
+        q = again(_queries, selective, linear(x, params["wq_a"]), params["q_norm"], params["wq_b"], eps)
     latent_BTC, k_pe_BTR = ops.split(gather_seq(linear(x, params["wkv_a"]), "residual_seq"), (C, R), axis=-1)
     heads = params["wkv_b"].shape[1] // (cfg.qk_nope_head_dim + cfg.v_head_dim)
-    kv = linear(rms_norm(latent_BTC, params["kv_norm"], eps), params["wkv_b"])
+    kv = again(_keys_and_values, selective, latent_BTC, params["kv_norm"], params["wkv_b"], eps)
     out = mla_attention(q, kv, k_pe_BTR, rope[0], rope[1], segment_ids, num_heads=heads,
                         qk_nope_head_dim=cfg.qk_nope_head_dim, qk_rope_head_dim=R, v_head_dim=cfg.v_head_dim,
                         scale=cfg.softmax_scale, query_positions=own_positions(kv.shape[1]))
     return scatter_seq(linear(out, params["wo"]), "heads")
+
+
+def _queries(latent, norm, w, eps):
+    return linear(gather_seq(rms_norm(latent, norm, eps), "residual"), w)
+
+
+def _keys_and_values(latent, norm, w, eps):
+    return linear(rms_norm(latent, norm, eps), w)
+
+
+def again(fn, on, *args):
+    """``fn(*args)``, with ``on`` computed again in the backward pass instead of kept; fn: of a module, not a closure."""
+    if on:
+        return ms.recompute(fn, *args)
+    return fn(*args)

@@ -20,6 +20,7 @@ from .mesh import Mesh
 from .rules import Rules, make_rules
 from .shard import Placement
 from .simulate import Step
+from .zero import init_state
 
 STATE_AXES = ("replica", "expert", "context", "model")  # over which MindSpore's parallel optimizer counts copies
 
@@ -93,7 +94,8 @@ def hyper(optimizer: Any, step: int, bias_rate: float = 0.001, mtp_weight: float
 
 # -- the step that Python drives ---------------------------------------------------------------------------------------
 def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: int = 1, rules: dict[str, Any] | None = None,
-              changes: dict | None = None, learning_rate: float = 1e-2, accumulate: int = 1) -> tuple[Any, list[dict]]:
+              changes: dict | None = None, learning_rate: float = 1e-2, accumulate: int = 1,
+              recompute: Any = False) -> tuple[Any, list[dict]]:
     """``make_train_step(mesh=...)`` on this rank's part of ``init`` with seed 0 and of batches of ``rows`` x ``length``, the
     same as ``batch_of`` of the seeds 1, 2, ... Returns (params, metrics of every step). See ``train_step`` for the arguments.
     """
@@ -101,8 +103,8 @@ def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: in
     table, optimizer = make_rules(**(rules or {})), adamw(learning_rate)
     placement = Placement(Mesh.parse(mesh), table, own_rank())
     params = shard.place(init(cfg, seed=0), param_specs(cfg), placement)
-    step = make_train_step(cfg, optimizer, mesh=placement.mesh, rules=table, accumulate=accumulate)
-    state, metrics = optimizer.init(params), []
+    step = make_train_step(cfg, optimizer, mesh=placement.mesh, rules=table, accumulate=accumulate, recompute=recompute)
+    state, metrics = init_state(optimizer, params, param_specs(cfg), placement), []
     for i in range(steps):
         batch = {"tokens": own_rows(placement, batch_of(cfg, rows, length, 1 + i))}
         params, state, found = step(params, state, batch)

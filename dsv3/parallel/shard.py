@@ -34,7 +34,10 @@ STAGE_AXES = AXES[1:]  # of the ranks that share one pipeline stage
 
 @dataclass(frozen=True)
 class Placement:
-    """One rank's place: the mesh, the rules, which rank, and how its stage is filled. ValueError for what the model has no communication for yet."""
+    """One rank's place: the mesh, the rules, which rank, and how its stage is filled.
+
+    ValueError for what the model has no communication for yet.
+    """
 
     mesh: Mesh
     rules: Rules
@@ -136,10 +139,15 @@ def place(tree: Any, specs: Any, placement: Placement, *, state: bool = False) -
     coords, leaves = placement.mesh.coords(placement.rank), dict(paths(tree))
 
     def part_of(path: str, spec: ParamSpec) -> Tensor:
-        where = local_slices(spec, placement.mesh, placement.rules, coords, path, state=state)
-        return Tensor(np.ascontiguousarray(leaves[path].asnumpy()[where]), dtype=leaves[path].dtype)
+        return cut(leaves[path], local_slices(spec, placement.mesh, placement.rules, coords, path, state=state))
 
     return tree_map_with_path(part_of, specs)
+
+
+def cut(leaf: Tensor, where: tuple[slice, ...]) -> Tensor:
+    """A part of a tensor as a Tensor of its own."""
+    array = (leaf.float() if leaf.dtype == ms.bfloat16 else leaf).asnumpy()  # which NumPy 2 refuses for bfloat16
+    return Tensor(np.ascontiguousarray(array[where]), dtype=leaf.dtype)
 
 
 def here() -> Placement | None:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops.primitive import constexpr
 
@@ -22,7 +21,7 @@ from ..optim import Optimizer, is_state
 from ..spec import ParamSpec, is_spec
 from ..tree import paths, tree_map_with_path
 from .rules import copies, layout, local_slices, state_shards
-from .shard import STAGE_AXES, Placement, all_gather, global_norm, here, on_cpu, part, parts, psum, reduce_scatter
+from .shard import STAGE_AXES, Placement, all_gather, cut, global_norm, here, on_cpu, part, parts, psum, reduce_scatter
 
 _map = ops.Map()
 
@@ -66,7 +65,7 @@ def init_state(optimizer: Optimizer, params: Any, specs: Any, placement: Placeme
             return leaf
         i = placement.index(groups_of(spec, path, placement)[0])
         rows = leaf.shape[0] // n
-        return Tensor(np.ascontiguousarray(leaf.float().asnumpy()[i * rows:(i + 1) * rows]), dtype=leaf.dtype)
+        return cut(leaf, (slice(i * rows, (i + 1) * rows),))
 
     return optimizer.init(tree_map_with_path(part_of, specs))
 
