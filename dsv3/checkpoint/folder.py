@@ -55,22 +55,33 @@ def _manifest_text(files: dict) -> str:
     return json.dumps({"crc32": zlib.crc32(body.encode()), "files": files}, indent=1)
 
 
-def write_manifest(folder: Path) -> None:
-    """List size and checksum of every file of a folder, hidden ones and an older manifest aside."""
-    shown = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.name != MANIFEST]
+def write_manifest(folder: Path, names: Iterable[str] | None = None, part: str | None = None) -> None:
+    """List size and checksum of every file of a folder, hidden ones and manifests aside, or of ``names``.
+
+    part: of a folder that several processes fill, the name of this one's own list; ``MANIFEST`` comes last.
+    """
+    shown = [folder / name for name in names] if names is not None else \
+        [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not is_manifest(p.name)]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         files = {p.name: {"size": p.stat().st_size, "crc32": crc} for p, crc in zip(shown, pool.map(checksum, shown))}
-    write_text(folder / MANIFEST, _manifest_text(files))
+    write_text(folder / (f"manifest-{part}.json" if part else MANIFEST), _manifest_text(files))
+
+
+def is_manifest(name: str) -> bool:
+    """Whether a file is the manifest of a folder or one of its parts."""
+    return re.fullmatch(r"manifest(-.+)?\.json", name) is not None
 
 
 def manifest(folder: Path) -> dict[str, dict[str, int]]:
-    """{file: {"size", "crc32"}} as written last into the folder. Raises ValueError if it was altered."""
-    found = read_json(folder / MANIFEST)
-    files = found.get("files") if isinstance(found, dict) else None
-    text = (folder / MANIFEST).read_text(encoding="utf-8")
-    if not isinstance(files, dict) or text != _manifest_text(files):
-        raise ValueError(f"{folder / MANIFEST}: damaged or edited: it does not match its own checksum")
-    return files
+    """{file: {"size", "crc32"}} as written last into the folder, its parts included. Raises ValueError if one was altered."""
+    out: dict[str, dict[str, int]] = {}
+    for path in (folder / MANIFEST, *sorted(folder.glob("manifest-*.json"))):
+        found = read_json(path)
+        files = found.get("files") if isinstance(found, dict) else None
+        if not isinstance(files, dict) or path.read_text(encoding="utf-8") != _manifest_text(files):
+            raise ValueError(f"{path}: damaged or edited: it does not match its own checksum")
+        out |= files
+    return out
 
 
 def verify(folder: Path, names: Iterable[str] | None = None, checksums: bool = True) -> None:
@@ -78,6 +89,9 @@ def verify(folder: Path, names: Iterable[str] | None = None, checksums: bool = T
     listed = manifest(folder)
     for name in listed if names is None else names:
         path = folder / name
+        if name not in listed and not path.exists() and any(folder.glob("manifest-*.json")):
+            raise FileNotFoundError(f"{path}: missing; without a shared file system it lies on the node whose ranks wrote it: "
+                                    f"copy the nodes' {folder.name} folders together")
         if name not in listed:
             raise ValueError(f"{path}: not a file of this checkpoint: {MANIFEST} does not list it")
         want = listed[name]
@@ -163,26 +177,32 @@ def replace_folder(
         for p in others:
             if not (temporary / p.name).exists():
                 shutil.copy2(p, temporary / p.name)
-        for p in temporary.iterdir():
-            sync(p)
-        sync(temporary)
-        if not target.exists():
-            os.rename(temporary, target)
-        elif not _exchange(temporary, target):
-            os.rename(target, aside(target))
-            try:
-                os.rename(temporary, target)
-            except OSError:
-                os.rename(aside(target), target)
-                raise
+        settle(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync(target.parent)
     for old in (temporary, aside(target)):
         if old.exists():
             shutil.rmtree(old)
     return target
+
+
+def settle(temporary: Path, target: Path) -> None:
+    """Give a full folder beside ``target`` its name, on the disk first. What had the name before stays whole until then, and is
+    then found under the name ``temporary``, or ``aside(target)`` where names cannot be swapped."""
+    for p in temporary.iterdir():
+        sync(p)
+    sync(temporary)
+    if not target.exists():
+        os.rename(temporary, target)
+    elif not _exchange(temporary, target):
+        os.rename(target, aside(target))
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            os.rename(aside(target), target)
+            raise
+    sync(target.parent)
 
 
 def remove_folder(folder: Path) -> None:

@@ -20,12 +20,12 @@ from ..config import Config
 from ..model import param_specs
 from ..spec import is_spec
 from ..tree import paths, tree_map_with_path
-from . import folder, leaves, shards
+from . import folder, leaves, safetensors_io, shards
 from .folder import MANIFEST, read_json, replace_folder, write_text
 from .layout import PIECE, StoredFile, cut
 from .leaves import FLOATS
 from .safetensors_io import DTYPES, Slot
-from .source import Source, open_layout, own_tensors, read_chunk, stored_kind
+from .source import Source, open_layout, own_tensor, own_tensors, read_chunk, stored_kind, tensors_by_leaf
 
 MARKER = "dsv3"  # the key of config.json that says: these are our names and layout
 VERSION = 1
@@ -62,8 +62,8 @@ def load(path: str | Path, dtype: str | None = None, *, verify: bool = True) -> 
     """
     path = Path(path)
     cfg = read_config(path)
-    folder.verify(path, (CONFIG, INDEX), verify)
-    folder.verify(path, sorted(set(shards.index_files(path).values())), verify)
+    folder.verify(path, (CONFIG, shards.index_name(path, "model")), verify)
+    folder.verify(path, shards.files_of(path), verify)
     return read_model(path, cfg, dtype), cfg
 
 
@@ -76,8 +76,8 @@ def ownership(path: Path) -> Any:
             f"{path} holds files but no {MANIFEST}, so it is not a checkpoint to replace; choose another "
             f"path or empty it"
         )
-    ours = {*folder.manifest(path), MANIFEST}
-    return lambda file: file.name in ours
+    ours = folder.manifest(path)
+    return lambda file: file.name in ours or folder.is_manifest(file.name)
 
 
 def write_model(
@@ -94,7 +94,7 @@ def write_model(
             yield path, leaves.convert(leaves.host(leaf), stored[path], kept[path], path)
 
     common = leaves.common_dtype({path: kind for path, kind in kept.items() if path not in fixed})
-    write_text(new / CONFIG, json.dumps(config_json(cfg, common), indent=2))
+    write_text(new / CONFIG, config_text(cfg, common))
     slots = [Slot(path, kept[path], tuple(leaf.shape)) for path, leaf in found.items()]
     shards.write_shards(new, "model", slots, arrays(), max_shard_size, {"format": MARKER}, always_index=True)
 
@@ -131,20 +131,28 @@ def open_own(path: str | Path) -> Source:
     opened = shards.open_shards(path)
     tensors = own_tensors(cfg)
     leaves.check_names(str(path), opened.home, [t.name for t in tensors])
-    files: dict[str, list] = {}
     for t in tensors:
-        slot, where = opened.slot(t.name), f"{opened.home[t.name].path}: tensor {t.name!r}"
+        slot, where = opened.slot(t.name), opened.where(t.name)
         if slot.shape != t.shape:
             raise ValueError(f"{where} has shape {list(slot.shape)}; the config asks for {list(t.shape)}")
         if slot.dtype not in ([t.dtype] if t.dtype else FLOATS.values()):
             raise ValueError(f"{where} is {slot.dtype}; expected {t.dtype or ' or '.join(FLOATS.values())}")
-        files.setdefault(opened.home[t.name].path.name, []).append(t)
+    files: dict[str, list] = {}
+    if isinstance(opened, shards.Pieces):
+        for name, held in tensors_by_leaf(cfg).items():
+            for file, box in opened.home[name][1].items():
+                files.setdefault(file, []).append(own_tensor(name, held, box))
+        by_name = {file: opened.file(file) for file in files}
+    else:
+        for t in tensors:
+            files.setdefault(opened.home[t.name].path.name, []).append(t)
+        by_name = {file.path.name: file for file in opened.files}
 
     def raw(file: str, tensor: str) -> tuple[str, np.ndarray]:
-        return opened.slot(tensor).dtype, opened.read(tensor).reshape(-1)
+        return by_name[file].slots[tensor].dtype, safetensors_io.read(by_name[file], tensor).reshape(-1)
 
     return open_layout(str(path), "own", cfg, (StoredFile(name, tuple(held)) for name, held in files.items()), raw,
-                       paths=tuple(file.path for file in opened.files))
+                       paths=tuple(file.path for file in by_name.values()))
 
 
 def config_json(cfg: Config, dtype: str | None) -> dict[str, Any]:
@@ -152,6 +160,11 @@ def config_json(cfg: Config, dtype: str | None) -> dict[str, Any]:
     out = cfg.to_hf() | {MARKER: {"format": "params", "version": VERSION}}
     out.update({key: dtype for key in ("torch_dtype", "dtype") if dtype and key in out})
     return out
+
+
+def config_text(cfg: Config, dtype: str | None = None) -> str:
+    """The text of config.json."""
+    return json.dumps(config_json(cfg, dtype), indent=2)
 
 
 def read_params(source: Source, dtype: str | None = None, progress: bool | None = None) -> Any:
@@ -192,7 +205,7 @@ def read_model(path: Path, cfg: Config, dtype: str | None) -> Any:
     leaves.check_names(str(path), opened.home, [name for name, _ in paths(specs, is_spec)])
 
     def leaf(name: str, spec: Any) -> Any:
-        slot, where = opened.slot(name), f"{opened.home[name].path}: tensor {name!r}"
+        slot, where = opened.slot(name), opened.where(name)
         if slot.shape != spec.shape:
             raise ValueError(f"{where} has shape {list(slot.shape)}; the config asks for {list(spec.shape)}")
         kind = FLOATS[spec.dtype] if spec.dtype else target or slot.dtype

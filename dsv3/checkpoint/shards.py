@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import numpy as np
 from . import safetensors_io
 from .folder import read_json, write_text
 from .safetensors_io import File, Slot
+
+Box = tuple[tuple[int, int], ...]  # [start, stop) in each dim
 
 _UNITS = {
     "": 1,
@@ -110,17 +114,65 @@ class Shards:
         """Type and shape of a tensor."""
         return self.home[name].slots[name]
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor as a read-only view of its file."""
-        return safetensors_io.read(self.home[name], name)
+    def where(self, name: str) -> str:
+        """A tensor, for an error."""
+        return f"{self.home[name].path}: tensor {name!r}"
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """A tensor, or a box of it, as a read-only view of its file."""
+        values = safetensors_io.read(self.home[name], name)
+        return values if box is None else values[tuple(slice(*dim) for dim in box)]
 
 
-def open_shards(folder: str | Path, stem: str = "model") -> Shards:
+@dataclass(frozen=True)
+class Pieces:
+    """Tensors that lie in pieces over several files, each piece under the tensor's name: {name: (the whole one, {file: box})}.
+
+    Files are opened when something in them is read: a rank opens those that hold its own slices.
+    """
+
+    folder: Path
+    home: Mapping[str, tuple[Slot, Mapping[str, Box]]]
+    file: Callable[[str], File]
+
+    def slot(self, name: str) -> Slot:
+        """Type and shape of a whole tensor."""
+        return self.home[name][0]
+
+    def where(self, name: str) -> str:
+        """A tensor, for an error."""
+        return f"{self.folder}: tensor {name!r}"
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """A tensor, or a box of it: a read-only view where one piece holds it all. Only these bytes are read."""
+        slot, pieces = self.home[name]
+        box = tuple((0, n) for n in slot.shape) if box is None else box
+        wanted, out = extents(box), None
+        for file, held in pieces.items():
+            common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, held))
+            if any(low >= high for low, high in common):
+                continue
+            part = safetensors_io.read(self.file(file), name)[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, held))]
+            if part.shape == wanted:
+                return part
+            out = np.empty(wanted, part.dtype) if out is None else out
+            out[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box))] = part
+        return out
+
+
+def extents(box: Box) -> tuple[int, ...]:
+    """Shape of a box."""
+    return tuple(stop - start for start, stop in box)
+
+
+def open_shards(folder: str | Path, stem: str = "model") -> Shards | Pieces:
     """Open ``stem``.safetensors, or the files that its index names, and check that files and index agree.
 
     Raises FileNotFoundError, or ValueError naming the file and the tensor.
     """
     folder = Path(folder)
+    if (folder / f"{stem}.pieces.json").is_file():
+        return open_pieces(folder, stem)
     single, index_path = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         file = safetensors_io.open_file(single)
@@ -161,3 +213,56 @@ def index_files(folder: Path, stem: str = "model") -> dict[str, str]:
                 f"{path}: names the file {name!r}; expected a plain file name in the same folder"
             )
     return weight_map
+
+
+# -- tensors in pieces ---------------------------------------------------------------------------------------------------
+def pieces_index(home: Mapping[str, tuple[Slot, Mapping[str, Box]]], metadata: Mapping[str, str]) -> str:
+    """The text of an index of ``Pieces.home``."""
+    content = {name: {"dtype": slot.dtype, "shape": slot.shape, "pieces": held} for name, (slot, held) in home.items()}
+    return json.dumps({"metadata": dict(metadata), "pieces": content})
+
+
+def index_name(folder: Path, stem: str) -> str:
+    """The index of a set: of pieces, or of whole tensors."""
+    pieces = f"{stem}.pieces.json"
+    return pieces if (folder / pieces).is_file() else f"{stem}.safetensors.index.json"
+
+
+def open_pieces(folder: Path, stem: str) -> Pieces:
+    """The index of pieces, checked: every tensor is covered once. Raises ValueError naming the tensor."""
+    path = folder / f"{stem}.pieces.json"
+    home = {}
+    for name, entry in read_json(path)["pieces"].items():
+        shape = tuple(entry["shape"])
+        if entry["dtype"] not in safetensors_io.DTYPES:
+            raise ValueError(f"{path}: {name!r} has the unknown dtype {entry['dtype']!r}")
+        held = {file: tuple((start, stop) for start, stop in box) for file, box in entry["pieces"].items()}
+        inside = all(len(box) == len(shape) and all(0 <= a < b <= n for (a, b), n in zip(box, shape)) for box in held.values())
+        covered = sum(math.prod(extents(box)) for box in held.values())
+        if not inside or len(set(held.values())) < len(held) or covered != math.prod(shape):
+            raise ValueError(f"{path}: the pieces of {name!r} do not cover its shape {list(shape)} once")
+        if any(Path(file).name != file for file in held):
+            raise ValueError(f"{path}: {name!r} names a file outside the folder")
+        home[name] = Slot(name, entry["dtype"], shape), held
+    wanted: dict[str, dict[str, tuple]] = {}
+    for name, (slot, held) in home.items():
+        for file, box in held.items():
+            wanted.setdefault(file, {})[name] = slot.dtype, extents(box)
+
+    @functools.cache
+    def opened(file: str) -> File:
+        found = safetensors_io.open_file(folder / file)
+        there = {name: (slot.dtype, slot.shape) for name, slot in found.slots.items()}
+        for name in sorted(there.keys() | wanted[file].keys()):
+            if there.get(name) != wanted[file].get(name):
+                raise ValueError(f"{found.path}: tensor {name!r} is {there.get(name)}; {path.name} says {wanted[file].get(name)}")
+        return found
+
+    return Pieces(folder, home, opened)
+
+
+def files_of(folder: Path, stem: str = "model") -> list[str]:
+    """The files that an index names."""
+    if (folder / f"{stem}.pieces.json").is_file():
+        return sorted({file for _, held in open_pieces(folder, stem).home.values() for file in held})
+    return sorted(set(index_files(folder, stem).values()))

@@ -17,6 +17,7 @@ from .layout import Chunk, Part, Place, Stored, StoredFile, locate, one, stacked
 from .leaves import FLOATS
 from .names import Published, published
 from .safetensors_io import DTYPES
+from .shards import Box
 
 FP8 = "F8_E4M3"
 
@@ -101,18 +102,32 @@ def params_source(params: Any, cfg: Config) -> Source:
 
 def own_tensors(cfg: Config) -> tuple[Stored, ...]:
     """Our own layout: a tensor per leaf of params, named by its path; weights [in, out], experts stacked."""
-    by_leaf: dict[str, list[Published]] = {}
+    return tuple(own_tensor(path, tensors) for path, tensors in tensors_by_leaf(cfg).items())
+
+
+def tensors_by_leaf(cfg: Config) -> dict[str, list[Published]]:
+    """The published tensors that each leaf holds, copies left out."""
+    out: dict[str, list[Published]] = {}
     for t in published(cfg):
         if not t.copy:
-            by_leaf.setdefault(t.path, []).append(t)
-    out = []
-    for path, tensors in by_leaf.items():
-        parts = [Part(t.name, t.shape, transposed=t.transposed) for t in tensors]
-        if tensors[0].expert is None:
-            out.append(one(path, parts[0], dtype="F32" if tensors[0].float32 else None))
-        else:
-            out.append(stacked(path, (Chunk((part,)) for part in parts)))
-    return tuple(out)
+            out.setdefault(t.path, []).append(t)
+    return out
+
+
+def own_tensor(path: str, tensors: list[Published], box: Box | None = None) -> Stored:
+    """A leaf as our own layout stores it, or the box of it that a rank does. tensors: the published ones that it holds."""
+    t = tensors[0]
+    inner = t.shape[::-1] if t.transposed else t.shape
+    box = box or ((0, len(tensors)),) * (t.expert is not None) + tuple((0, n) for n in inner)
+    index = [slice(*dim) for dim in box[t.expert is not None:]]
+    index = index[::-1] if t.transposed else index
+
+    def part(one_of: Published) -> Part:
+        return Part(one_of.name, one_of.shape, *index, transposed=one_of.transposed)
+
+    if t.expert is None:
+        return one(path, part(t), dtype="F32" if t.float32 else None)
+    return stacked(path, (Chunk((part(tensor),)) for tensor in tensors[slice(*box[0])]))
 
 
 def stored_kind(source: Source) -> str:

@@ -22,6 +22,7 @@ from .safetensors_io import Slot
 
 TRAINING = "training.json"
 VERSION = 1
+STEMS = ("model", "optimizer")  # the two sets of tensors
 
 
 def save_training(
@@ -53,17 +54,7 @@ def save_training(
         )
     found = leaves.check_params(params, cfg)
     tensors: dict[str, Any] = {}
-    described = {
-        "format": "dsv3 training",
-        "version": VERSION,
-        "meta": _plain(meta | {"step": int(step)}, "meta"),
-        "opt_state": _outline(opt_state, "", tensors),
-        "versions": {
-            "mindspore": ms.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-    }
+    text = description(step, meta, _outline(opt_state, "", tensors))
     home = Path(run_dir) / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
     for leftover in home.iterdir():
@@ -84,17 +75,38 @@ def save_training(
             {"format": own.MARKER},
             always_index=True,
         )
-        write_text(new / TRAINING, json.dumps(described, indent=1))
+        write_text(new / TRAINING, text)
 
     target = home / f"step_{step:08d}"
     written = replace_folder(target, fill, is_ours=lambda file: True, with_manifest=True)
-    _keep_newest(home, written.name, keep)
+    keep_newest(home, written.name, keep)
     return target
+
+
+def description(step: int, meta: dict[str, Any], opt_state: Any) -> str:
+    """The text of training.json. opt_state: the outline of its containers. Raises ValueError for what is no plain data."""
+    described = {
+        "format": "dsv3 training",
+        "version": VERSION,
+        "meta": _plain(meta | {"step": int(step)}, "meta"),
+        "opt_state": opt_state,
+        "versions": {"mindspore": ms.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    }
+    return json.dumps(described, indent=1)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What training.json holds. Raises ValueError for another format."""
+    described = read_json(path / TRAINING)
+    if described.get("format") != "dsv3 training" or described.get("version") != VERSION:
+        raise ValueError(f"{path / TRAINING}: format {described.get('format')!r} version {described.get('version')!r}; "
+                         f"expected 'dsv3 training' version {VERSION}")
+    return described
 
 
 def latest_training(run_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run, or None. One unlike its manifest is skipped with a warning."""
-    for path in sorted(_steps(Path(run_dir) / "checkpoints"), reverse=True):
+    for path in sorted(steps(Path(run_dir) / "checkpoints"), reverse=True):
         try:
             _check(path)
         except (ValueError, FileNotFoundError) as error:
@@ -112,21 +124,16 @@ def load_training(path: str | Path) -> tuple[Any, Any, dict[str, Any], Config]:
     path = Path(path)
     cfg = own.read_config(path)
     _check(path)
-    described = read_json(path / TRAINING)
-    if described.get("format") != "dsv3 training" or described.get("version") != VERSION:
-        raise ValueError(
-            f"{path / TRAINING}: format {described.get('format')!r} version {described.get('version')!r}; "
-            f"expected 'dsv3 training' version {VERSION}"
-        )
+    described = read_description(path)
     opened = shards.open_shards(path, "optimizer")
     used: list[str] = []
     opt_state = _rebuild(described["opt_state"], "", opened, used)
-    leaves.check_names(str(path / "optimizer.safetensors.index.json"), opened.home, used)
+    leaves.check_names(str(path / shards.index_name(path, "optimizer")), opened.home, used)
     return own.read_model(path, cfg, None), opt_state, described["meta"], cfg
 
 
 # -- which ones are there --------------------------------------------------------------------------------
-def _steps(home: Path) -> list[Path]:
+def steps(home: Path) -> list[Path]:
     return (
         [p for p in home.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d{8,}", p.name)]
         if home.is_dir()
@@ -136,10 +143,10 @@ def _steps(home: Path) -> list[Path]:
 
 def _check(path: Path, checksums: bool = True) -> None:
     """Every file of the manifest is as it says, and it has all that a training checkpoint needs."""
-    verify(path, (own.CONFIG, own.INDEX, TRAINING, "optimizer.safetensors.index.json"), checksums=False)
+    verify(path, (own.CONFIG, TRAINING, *(shards.index_name(path, stem) for stem in STEMS)), checksums=False)
     verify(path, checksums=checksums)
-    for stem in ("model", "optimizer"):
-        verify(path, sorted(set(shards.index_files(path, stem).values())), checksums=False)
+    for stem in STEMS:
+        verify(path, shards.files_of(path, stem), checksums=False)
 
 
 def _has_right_sizes(path: Path) -> bool:
@@ -150,9 +157,9 @@ def _has_right_sizes(path: Path) -> bool:
     return True
 
 
-def _keep_newest(home: Path, newest: str, keep: int) -> None:
+def keep_newest(home: Path, newest: str, keep: int) -> None:
     """Delete all but ``keep``: the one just written, then whole ones before damaged, the newest first."""
-    ranked = sorted(_steps(home), key=lambda p: (p.name == newest, _has_right_sizes(p), p.name), reverse=True)
+    ranked = sorted(steps(home), key=lambda p: (p.name == newest, _has_right_sizes(p), p.name), reverse=True)
     for path in ranked[keep:]:
         remove_folder(path)
 
