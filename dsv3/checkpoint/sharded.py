@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 import numpy as np
+from mindspore import Tensor
 
 from ..config import Config
 from ..model import param_specs
@@ -25,7 +27,7 @@ from ..parallel.mesh import expand
 from ..parallel.rules import layout, local_slices, state_shards
 from ..parallel.shard import STAGE_AXES, Placement
 from ..parallel.stages import held, owns_embedding
-from ..spec import ParamSpec, is_spec
+from ..spec import ParamSpec, draw, is_spec
 from ..tree import flatten, paths, tree_map_with_path
 from . import folder, leaves, own, safetensors_io, shards, training
 from .safetensors_io import Slot
@@ -65,6 +67,18 @@ def parts(cfg: Config, placement: Placement) -> tuple[Part, ...]:
         out.append(Part(leaf, path, spec, box, state_box, counts and first and part == 0,
                         counts and first and part < state_shards(spec, mesh, rules, leaf)))
     return tuple(out)
+
+
+def draw_part(cfg: Config, placement: Placement, seed: int, dtype: str) -> Any:
+    """This rank's slices of the params that ``init(cfg, seed, dtype)`` draws, whatever the mesh; one whole leaf at a time."""
+    mine = {p.path: p for p in parts(cfg, placement)}
+
+    def leaf(path: str, spec: ParamSpec) -> Tensor:
+        part = mine[path]
+        where = tuple(slice(*dim) for dim in part.box)
+        return Tensor(np.ascontiguousarray(draw(spec, part.leaf, seed)[where]), dtype=getattr(ms, spec.dtype or dtype))
+
+    return tree_map_with_path(leaf, held(cfg, placement)[0])
 
 
 # -- the optimiser's state ---------------------------------------------------------------------------------------------

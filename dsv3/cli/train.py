@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from . import cluster
+
 PROMPT = "def main(argv=None):\n    "
 
 
@@ -51,32 +53,36 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--restart", action="store_true", help="delete the run's folder and begin again instead of resuming")
     p.add_argument("--prompt", default=PROMPT, help="text to continue at the end; empty for none")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    cluster.add(p)
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Assemble the pieces and train."""
     from .. import data
-    from ..checkpoint import training
-    from ..model import init
+    from ..model import param_specs
     from ..nn.balance import make_balance
     from ..optim import adamw
     from ..report import Report
     from ..schedule import constant, cosine, paper_bias_update_rate, paper_learning_rate, paper_mtp_weight
+    from ..spec import count
     from ..train import NotFinite, make_eval_step, make_train_step, mean_loss, train
-    from ..tree import size
     from .generate import show
     from .info import find_config
 
     check(args)
-    out = Path(args.out)
-    if args.restart and out.exists():
-        if not (out / "run.json").exists():
-            raise ValueError(f"{out} does not look like a run of dsv3 train (no run.json); refusing to delete it")
-        shutil.rmtree(out)
-    cfg = find_config(args.config)
-    corpus = (data.prepare_stdlib(vocab_size=cfg.vocab_size, log=say) if args.data is None and args.tokenizer is None else
-              data.open_text(args.data, args.tokenizer, vocab_size=cfg.vocab_size, log=say))
+    cfg, out = find_config(args.config), Path(args.out)
+    world, placement = cluster.join(args)
+    if args.restart:
+        cluster.once(world, lambda: clear(out), f"deleting {out}")
+
+    def open_corpus():
+        log = say if world.rank == 0 else str
+        return (data.prepare_stdlib(vocab_size=cfg.vocab_size, log=log) if args.data is None and args.tokenizer is None else
+                data.open_text(args.data, args.tokenizer, vocab_size=cfg.vocab_size, log=log))
+
+    cluster.once(world, open_corpus, "reading the data")  # which fills the cache for the others
+    corpus = open_corpus()
     tokenizer = corpus.tokenizer
     if tokenizer is not None:
         if tokenizer.vocab_size > cfg.vocab_size:
@@ -89,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     held_out = data.GPTDataset(corpus.prefix, corpus.valid, None, args.seq_length, args.seed, **options)
 
     entropies = None
-    if tokenizer is not None:
+    if tokenizer is not None and world.rank == 0:
         pair = data.IndexedDataset(corpus.prefix)
         entropies = data.unigram_entropy(data.range_tokens(pair, corpus.train), data.range_tokens(pair, corpus.valid),
                                          cfg.vocab_size)
@@ -100,67 +106,96 @@ def run(args: argparse.Namespace) -> int:
     optimizer = adamw(rates[args.schedule](), weight_decay=args.weight_decay, clip_norm=args.clip_norm,
                       moment_dtype=args.moment_dtype)
     step = make_train_step(
-        cfg, optimizer, balance=make_balance(cfg, sequence=args.balance_weight), accumulate=args.accumulate,
-        recompute=args.recompute, mtp_weight=paper_mtp_weight(args.seq_length) if is_paper else args.mtp_weight,
+        cfg, optimizer, **cluster.partition(placement), balance=make_balance(cfg, sequence=args.balance_weight),
+        accumulate=args.accumulate, recompute=args.recompute,
+        mtp_weight=paper_mtp_weight(args.seq_length) if is_paper else args.mtp_weight,
         bias_update_rate=paper_bias_update_rate(args.seq_length) if is_paper else args.bias_update_rate)
+    part, parts = cluster.rows(placement)
     evaluate_batch = make_eval_step(cfg, balance=make_balance(cfg, sequence=args.balance_weight))
 
     def evaluate(params):
-        rows = min(args.batch_size, len(held_out))
-        return mean_loss(evaluate_batch, params,
-                         data.batches(held_out, rows, stop_sample=max(rows, min(len(held_out), rows * args.eval_batches))))
+        rows = min(args.batch_size, len(held_out) // parts * parts)
+        stop = max(rows, min(len(held_out), rows * args.eval_batches))
+        with cluster.at_place(placement):
+            return mean_loss(evaluate_batch, params, data.batches(held_out, rows, stop_sample=stop, shard=(part, parts)))
 
     settings = recipe(args, corpus)
-    latest = training.latest_training(out)
+    out.mkdir(parents=True, exist_ok=True)
+    cluster.check_shared(world, out)
+    latest = cluster.latest(world, placement, out)
     if latest is not None:
-        params, opt_state, meta, saved_cfg = training.load_training(latest)
+        params, opt_state, meta, saved_cfg = cluster.load(placement, latest)
         compare(settings, meta["settings"], latest)
         if saved_cfg != cfg:
             raise ValueError(f"{latest}: its config differs from {args.config}; use another --out, or --restart")
         position, elapsed = meta["data_position"], meta["elapsed"]
         say(f"resuming {latest} at step {meta['step']}")
     else:
-        params = init(cfg, args.seed, args.dtype)
-        opt_state, position, elapsed = optimizer.init(params), 0, 0.0
+        (params, opt_state), position, elapsed = cluster.fresh(placement, cfg, optimizer, args.seed, args.dtype), 0, 0.0
     done = int(opt_state["step"].asnumpy())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "run.json").write_text(json.dumps(settings, indent=1))
-    keep_tokenizer(tokenizer, out)
-    say(f"{size(params):,} parameters; {args.steps} steps of {args.batch_size} x {args.seq_length} tokens; run folder {out}")
-    feed = data.batches(samples, args.batch_size, position, prefetch=4)
-    report = Report(out, args.steps, done, show=not args.quiet)
+    if world.leads:
+        (out / "run.json").write_text(json.dumps(settings, indent=1))
+        keep_tokenizer(tokenizer, out)
+    say(f"{count(param_specs(cfg)):,} parameters; {args.steps} steps of {args.batch_size} x {args.seq_length} tokens; run folder "
+        f"{out}" + cluster.describe(world, placement, params))
+    feed = data.batches(samples, args.batch_size, position, prefetch=4, shard=(part, parts))
+    report = Report(out, args.steps, done, show=not args.quiet and placement is None) if world.rank == 0 else None
     began = time.time()
 
     def save(number, params, opt_state):
         meta = {"data_position": number * args.batch_size, "settings": settings,
                 "elapsed": elapsed + time.time() - began, "seed": args.seed}
-        training.save_training(out, number, params, opt_state, meta, cfg=cfg, keep=args.keep)
+        world.watch.at(f"saving step {number}")
+        cluster.save(world, placement, out, number, params, opt_state, meta, cfg, args.keep)
+
+    def watched_step(params, opt_state, batch):
+        world.watch.at(f"step {int(opt_state['step'].asnumpy()) + 1}")
+        return step(params, opt_state, batch)
 
     stopped: list[int] = []
     previous = {s: signal.signal(s, lambda number, frame: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals: list[int] = []  # as all ranks have agreed
+
+    def should_stop():
+        number = int(world.gather(stopped[0] if stopped else 0).max())
+        signals.extend([number] * bool(number))
+        return bool(signals)
+
     try:
         params, opt_state = train(
-            step, params, opt_state, feed, steps=args.steps, log=report, evaluate=evaluate, eval_every=args.eval_every or
-            args.steps, save=save, save_every=args.save_every, should_stop=lambda: bool(stopped),
-            on_nonfinite=args.on_nonfinite)
+            watched_step, params, opt_state, cluster.announced(world, feed), steps=args.steps,
+            log=cluster.logger(world, placement, report), evaluate=evaluate, eval_every=args.eval_every or args.steps, save=save,
+            save_every=args.save_every, should_stop=should_stop, on_nonfinite=args.on_nonfinite)
     except NotFinite as error:
-        report.close()
+        if report:
+            report.close()
         raise ValueError(str(error)) from None
     finally:
         feed.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
     marks = {} if entropies is None else {"held-out unigram entropy": entropies[0]}
-    picture = report.close(marks)
+    picture = report.close(marks) if report else None
     finished = int(opt_state["step"].asnumpy())
-    if stopped:
-        say(f"stopped by {signal.Signals(stopped[0]).name} at step {finished}; saved; the same command resumes")
-        return 128 + stopped[0]
-    summarise(report.records, entropies, picture, out, elapsed + time.time() - began)
-    if args.prompt and tokenizer is not None:
+    world.gather(0.0)  # the last file is written: from here a rank may go
+    world.watch.close()
+    if signals:
+        say(f"stopped by {signal.Signals(signals[0]).name} at step {finished}; saved; the same command resumes")
+        return 128 + signals[0] if placement is None else 0  # to msrun another code is a failure: it would kill the others
+    if report:
+        summarise(report.records, entropies, picture, out, elapsed + time.time() - began)
+    if args.prompt and tokenizer is not None and placement is None:
         say("\nthe model continues:")
         show(params, cfg, tokenizer, args.prompt, max_new_tokens=64, temperature=0.0, seed=args.seed)
     return 0
+
+
+def clear(out: Path) -> None:
+    """Delete a run's folder. Raises ValueError if it is anything else."""
+    if out.exists():
+        if not (out / "run.json").exists():
+            raise ValueError(f"{out} does not look like a run of dsv3 train (no run.json); refusing to delete it")
+        shutil.rmtree(out)
 
 
 def say(text: str) -> None:

@@ -4,7 +4,9 @@ MindSpore's ``msrun`` starts the processes, on one node or many, and says by env
 """
 from __future__ import annotations
 
+import dataclasses
 import os
+import shlex
 import socket
 import sys
 from dataclasses import dataclass
@@ -49,15 +51,20 @@ class World:
 
     def gather(self, number: float) -> np.ndarray:
         """Every rank gives a number, exact in float32, and gets those of all, [size] float64. All ranks must call it."""
+        if self.size == 1:
+            return np.array([number], np.float64)
         row = np.zeros(self.size, np.float32)
         row[self.rank] = number
         return ops.AllReduce()(Tensor(row)).asnumpy().astype(np.float64)  # a sum: all that the CPU has
 
 
+ALONE = World(0, 1, 0, 1, True, watch.Watch(lambda doing: None, lambda: None))
+
+
 def command(mesh: Mesh) -> str:
     """How to start the ranks of a mesh on one node."""
     n = mesh.size
-    return f"msrun --worker_num={n} --local_worker_num={n} --join=True --log_dir=logs {sys.argv[0]} {' '.join(sys.argv[1:])}"
+    return f"msrun --worker_num={n} --local_worker_num={n} --join=True --log_dir=logs python -m dsv3 {shlex.join(sys.argv[1:])}"
 
 
 def check_environment(mesh: Mesh) -> None:
@@ -79,8 +86,9 @@ def start(mesh: Mesh, *, shared: bool = True, stalled: float = 1800.0) -> World:
     --cluster_time_out.
     """
     check_environment(mesh)
-    for name, seconds in PATIENCE.items():
-        os.environ.setdefault(name, seconds)
+    if os.environ.get("MS_ROLE") != "MS_SCHED":  # which must not be patient, because msrun waits for its end
+        for name, seconds in PATIENCE.items():
+            os.environ.setdefault(name, seconds)
     device = ms.get_context("device_target")
     try:
         init("mccl" if device == "CPU" else "hccl")
@@ -92,8 +100,8 @@ def start(mesh: Mesh, *, shared: bool = True, stalled: float = 1800.0) -> World:
     rank, size = get_rank(), get_group_size()
     if size != mesh.size:
         raise ValueError(f"mesh {mesh} has {mesh.size} ranks, and {size} processes were started")
-    world = World(rank, size, get_local_rank(), get_local_rank_size(), shared, watch.Watch(lambda doing: None, lambda: None))
-    return World(rank, size, world.local_rank, world.local_size, shared, _watch(world, stalled))
+    world = World(rank, size, get_local_rank(), get_local_rank_size(), shared, ALONE.watch)
+    return dataclasses.replace(world, watch=_watch(world, stalled))
 
 
 def _watch(world: World, stalled: float) -> watch.Watch:
