@@ -14,18 +14,37 @@ from . import native
 from .native import iota
 
 
-def grouped_matmul(x: Tensor, w: Tensor, group_end: Tensor) -> Tensor:
+def grouped_matmul(x: Tensor, w: Tensor, group_end: Tensor, tail: bool = False) -> Tensor:
     """x [M, K] times w [E, K, N] by groups of rows -> [M, N]; the rows from group_end[-1] on are zero.
 
     group_end [E] int32 never decreases and does not exceed M; gradients flow to x and w, and a group without
-    rows gets a gradient of exactly zero. Raises ValueError for shapes and dtypes that do not fit, and
-    RuntimeError when the native kernel meets ends that do not.
+    rows gets a gradient of exactly zero. tail: say so when rows may follow the last group; Ascend's kernel leaves
+    them undefined, and there M must be static for them to be zeroed. Raises ValueError for shapes and dtypes that
+    do not fit, and RuntimeError when the native kernel meets ends that do not.
     """
     _check(x.shape, w.shape, group_end.shape, x.dtype, w.dtype)
     group_end = group_end.astype(ms.int32)
     if native.enabled() and x.dtype == ms.float32:
         return _native(x, w, group_end)
+    if _on_ascend():
+        return _ascend(x, w, group_end, tail)
     return grouped_matmul_reference(x, w, group_end)
+
+
+def _ascend(x, w, group_end, tail):
+    """CANN's grouped product; MindSpore differentiates it as two more."""
+    real = (iota(x.shape[0]) < group_end[-1]).reshape(-1, 1) if tail else None
+    if tail:  # whose gradient is as undefined as its product
+        x = ops.where(real, x, ops.zeros_like(x))
+    out = ops.auto_generate.grouped_matmul_v4([x], [w], group_list=group_end.astype(ms.int64), split_item=3, group_type=0)[0]
+    if tail:
+        return ops.where(real, out, ops.zeros_like(out))
+    return out
+
+
+@constexpr
+def _on_ascend() -> bool:
+    return ms.get_context("device_target") == "Ascend"
 
 
 def grouped_matmul_reference(x: Tensor, w: Tensor, group_end: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Auxiliary load-balance losses: functions of the routing, weighted, summed and passed as ``balance=``.
 
 The report's sequence-wise loss is the default; the three losses of DeepSeek-V2 (arXiv 2405.04434, section 2.1.2) and
-the router z-loss (arXiv 2202.08906, equation 5) are here for those who want them.
+the router z-loss (arXiv 2202.08906, equation 5) are here for those who want them. With a mesh each
+rank has whole sequences, some of the batch: what is counted over the batch is summed over all ranks, for one device's loss.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from mindspore import ops
 
 from ..kernels.native import iota
 from ..kernels.topk import choose_experts, count_experts
+from ..parallel.shard import parts, psum
 
 
 def sequence_loss(idx_TK, scores_TE, logits_TE, batch_size: int, *, cfg):
@@ -29,10 +31,19 @@ def sequence_loss(idx_TK, scores_TE, logits_TE, batch_size: int, *, cfg):
 
 
 def _expert_f_p(idx_TK, scores_TE, cfg):
-    T, E, K = scores_TE.shape[0], cfg.n_routed_experts, cfg.num_experts_per_tok
-    f_E = count_experts(idx_TK, E).astype(ms.float32) * (E / (K * T))
-    p_E = ops.mean(scores_TE / ops.sum(scores_TE, -1, True), 0)
-    return ops.stop_gradient(f_E), p_E
+    T, E, K = scores_TE.shape[0] * parts("batch"), cfg.n_routed_experts, cfg.num_experts_per_tok
+    f_E = psum(count_experts(idx_TK, E), "batch").astype(ms.float32) * (E / (K * T))
+    return ops.stop_gradient(f_E), _mean_share(scores_TE)
+
+
+def _mean_share(scores_TE):
+    """P [E]: the mean over all tokens of s_i / sum_j s_j."""
+    return _mean(scores_TE / ops.sum(scores_TE, -1, True))
+
+
+def _mean(x):
+    """Over the first dim, and over all ranks' sequences."""
+    return psum(ops.mean(x, 0), "batch") / parts("batch")
 
 
 def expert_loss(idx_TK, scores_TE, logits_TE, batch_size: int, *, cfg):
@@ -49,17 +60,16 @@ def device_loss(idx_TK, scores_TE, logits_TE, batch_size: int, *, cfg, devices: 
 
 def communication_loss(idx_TK, scores_TE, logits_TE, batch_size: int, *, cfg, devices: int, limit: int):
     """Communication balance: f''_i = devices / (limit T) * tokens sent to device i (V2, equations 18-20)."""
-    T, E = scores_TE.shape[0], cfg.n_routed_experts
+    T, E = scores_TE.shape[0] * parts("batch"), cfg.n_routed_experts
     per_device = E // devices
     sent_TKD = ops.equal((idx_TK // per_device).expand_dims(-1), iota(devices))
-    sent_D = ops.sum(ops.amax(sent_TKD.astype(ms.float32), 1), 0) * (devices / (limit * T))
-    p_E = ops.mean(scores_TE / ops.sum(scores_TE, -1, True), 0)
-    return ops.sum(ops.stop_gradient(sent_D) * ops.sum(p_E.reshape(devices, per_device), 1))
+    sent_D = psum(ops.sum(ops.amax(sent_TKD.astype(ms.float32), 1), 0), "batch") * (devices / (limit * T))
+    return ops.sum(ops.stop_gradient(sent_D) * ops.sum(_mean_share(scores_TE).reshape(devices, per_device), 1))
 
 
 def z_loss(logits_TE):
     """Router z-loss: mean over tokens of logsumexp(logits)^2; keeps router logits small. 0-D."""
-    return ops.mean(ops.square(ops.logsumexp(logits_TE, -1)))
+    return _mean(ops.square(ops.logsumexp(logits_TE, -1)))
 
 
 def make_balance(cfg, *, sequence: float | None = None, expert: float = 0.0, device: float = 0.0,

@@ -1,13 +1,15 @@
 """DeepSeekMoE: shared experts for every token and dropless routed experts for the chosen (report section 2.1.2)."""
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import ops
 
-from ..kernels.experts import experts, experts_reference
+from ..kernels.native import iota
 from ..kernels.topk import count_experts
 from ..parallel.rows import gather_seq, scatter_seq
-from ..parallel.shard import all_gather, part, parts, psum, reduce_scatter
+from ..parallel.shard import all_gather, part, parts, psum
 from ..spec import ParamSpec, normal
+from .dispatch import exchanged_experts, form_of, ranks_visited
 from .mlp import mlp, mlp_spec
 from .router import router_spec
 
@@ -35,12 +37,18 @@ def moe(params, x, *, cfg, route, balance, counted=None):
     y are a rank's positions; load and balance loss are about the first ``counted`` positions of whole rows, by default all.
     """
     B, t, D = x.shape
-    idx_TK, weights_TK, scores_TE, logits_TE = route(params["router"], x.reshape(B * t, D), cfg=cfg)
-    x_TD = _joined(x.reshape(B * t, D), B, "residual")
-    y_TD = routed(params["experts"], x_TD, _joined(idx_TK, B, "residual"), _joined(weights_TK, B, "residual"))
-    if "shared" in params:
-        y_TD = y_TD + mlp(params["shared"], x_TD)
-    y_BTD = scatter_seq(y_TD.reshape(B, y_TD.shape[0] // B, D), "ffn")
+    own_TD = x.reshape(B * t, D)
+    idx_TK, weights_TK, scores_TE, logits_TE = route(params["router"], own_TD, cfg=cfg)
+    x_TD = _joined(own_TD, B, "residual")
+    if parts("expert.ffn") == parts("ffn"):  # cut, or not, as the shared experts are
+        y_TD = routed(params["experts"], x_TD, _joined(idx_TK, B, "residual"), _joined(weights_TK, B, "residual"), cfg)
+        if "shared" in params:
+            y_TD = y_TD + mlp(params["shared"], x_TD)
+        y_BTD = _summed(y_TD, B)
+    else:
+        y_BTD = spread(params["experts"], own_TD, idx_TK, weights_TK, cfg).reshape(B, t, D)
+        if "shared" in params:
+            y_BTD = y_BTD + _summed(mlp(params["shared"], x_TD), B)
     idx_TK, scores_TE, logits_TE = (_joined(v, B, "residual_seq", counted) for v in (idx_TK, scores_TE, logits_TE))
     load_E = psum(count_experts(idx_TK, cfg.n_routed_experts), "batch")
     return y_BTD, load_E, balance(idx_TK, scores_TE, logits_TE, B)
@@ -54,18 +62,31 @@ def _joined(x, B, name, counted=None):
     return x.reshape(B * x.shape[1], x.shape[2])
 
 
-def routed(w, x_TD, idx_TK, weights_TK):
-    """The chosen experts' weighted sum for each token, [T, D]; of a rank's "ffn", to be summed.
+def _summed(y_TD, B):
+    """The sum over "ffn" of [B * T, D], of which a rank gets its own positions: [B, t, D]."""
+    return scatter_seq(y_TD.reshape(B, y_TD.shape[0] // B, y_TD.shape[1]), "ffn")
 
-    Where the experts are cut, the ranks that share them gather their tokens, each computes what its own experts add to all
-    of them, and the sums go back: dropless, with static shapes. That moves (n - 1) T rows each way; sending every token to
-    its K experts' ranks would move up to K (n - 1) / n T, which is less only where n is above K.
-    """
-    n = parts("expert")
-    if n == 1:
-        return experts(x_TD, w["w_gate"], w["w_up"], w["w_down"], idx_TK, weights_TK)
-    x_TD, idx_TK, weights_TK = all_gather(x_TD, "expert"), all_gather(idx_TK, "expert"), all_gather(weights_TK, "expert")
-    E = w["w_gate"].shape[0]
-    own_TK = idx_TK - part("expert") * E
-    own_TK = ops.select(ops.logical_and(own_TK >= 0, own_TK < E), own_TK, ops.full_like(own_TK, E))  # E: another rank's
-    return reduce_scatter(experts_reference(x_TD, w["w_gate"], w["w_up"], w["w_down"], own_TK, weights_TK), "expert")
+
+def spread(w, x_TD, idx_TK, weights_TK, cfg):
+    """``routed`` of experts that the ranks of a tensor group do not cut: each rank sees to its own part of their tokens."""
+    n = parts("ffn")
+    if parts("residual") == n:  # which it has already
+        return routed(w, x_TD, idx_TK, weights_TK, cfg)
+    T, K = idx_TK.shape
+    pad = -T % n
+    if pad:  # tokens of no weight
+        x_TD = ops.concat((x_TD, ops.zeros((pad, x_TD.shape[1]), x_TD.dtype)))
+        idx_TK = ops.concat((idx_TK, ops.zeros((pad, 1), ms.int32) + iota(K)))
+        weights_TK = ops.concat((weights_TK, ops.zeros((pad, K), weights_TK.dtype)))
+    size = (T + pad) // n
+    i = part("ffn") * size
+    y_TD = routed(w, x_TD[i : i + size], idx_TK[i : i + size], weights_TK[i : i + size], cfg)
+    return all_gather(y_TD, "ffn")[:T]
+
+
+def routed(w, x_TD, idx_TK, weights_TK, cfg):
+    """The chosen experts' weighted sum for each token, [T, D]; of a rank's "expert.ffn", to be summed."""
+    limited = cfg.topk_method != "greedy"
+    visited = ranks_visited(parts("expert"), cfg.num_experts_per_tok, cfg.n_group if limited else 1,
+                            cfg.topk_group if limited else 1)
+    return exchanged_experts(w, x_TD, idx_TK, weights_TK, form_of(parts("expert"), visited))

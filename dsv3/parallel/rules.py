@@ -20,6 +20,7 @@ from .mesh import AXES, Mesh, divisors, expand
 Layout = tuple[tuple[str, ...], ...]  # for each dim the mesh axes that cut it, the first the slowest; () for a whole dim
 
 EXPERTS = ("tensor", "extend", "whole")
+DISPATCH = ("gather", "alltoall", "two_level")
 ZERO_AXES = ("replica", "expert", "context")
 
 
@@ -34,12 +35,16 @@ class Rules:
     of copies that it does not divide is sharded over all of them, as MindSpore does with
     ``optimizer_weight_shard_size``. zero_axes: the axes along which copies count, data and context as in Megatron's
     distributed optimiser; MindSpore's parallel optimiser counts "model" too.
+    dispatch: how tokens meet their experts, one of ``DISPATCH`` (see ``nn.dispatch``), None for what moves the fewest bytes.
+    node: how many neighbours of the ranks that share the experts sit in one node, for the all-to-all in two levels.
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...]
     zero: int = 0
     shard_size: int | None = None
     zero_axes: tuple[str, ...] = ZERO_AXES
+    dispatch: str | None = None
+    node: int | None = None
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.table]
@@ -54,6 +59,12 @@ class Rules:
         if self.shard_size is not None and self.shard_size < 1:
             raise ValueError(f"rules: shard_size={self.shard_size}; expected at least 1, or None for all copies")
         expand(self.zero_axes)
+        if self.dispatch is not None and self.dispatch not in DISPATCH:
+            raise ValueError(f"rules: dispatch={self.dispatch!r}; expected None or one of {', '.join(DISPATCH)}")
+        if self.node is not None and self.node < 1:
+            raise ValueError(f"rules: node={self.node}; expected how many expert-parallel ranks a node has, at least 1, or None")
+        if self.dispatch == "two_level" and self.node is None:
+            raise ValueError("rules: dispatch='two_level' without node; say how many expert-parallel ranks a node has")
 
     def axes(self, name: str | None, siblings: Iterable[str | None] = ()) -> tuple[str, ...]:
         """Mesh axes of a logical axis in a leaf whose dims are ``siblings``; raises ValueError for an unknown name."""
@@ -63,6 +74,7 @@ class Rules:
         for other in siblings:
             if other is not None and f"{other}.{name}" in table:
                 return expand(table[f"{other}.{name}"])
+        name = name if name in table else name.rpartition(".")[2]
         if name not in table:
             raise ValueError(f"rules: no rule for the axis {name!r}; the table has {', '.join(table)}: add ({name!r}, ())")
         return expand(table[name])
@@ -73,7 +85,8 @@ class Rules:
 
 
 def make_rules(*, sequence_parallel: bool = False, experts: str = "tensor", vocab_parallel: bool = True, zero: int = 0,
-               shard_size: int | None = None, zero_axes: tuple[str, ...] = ZERO_AXES) -> Rules:
+               shard_size: int | None = None, zero_axes: tuple[str, ...] = ZERO_AXES, dispatch: str | None = None,
+               node: int | None = None) -> Rules:
     """The usual table: Megatron's tensor parallelism, experts over ``expert``, batch over ``data``.
 
     Column-parallel: wq_b, wkv_b (heads), w_gate, w_up (ffn), the head (vocab); row-parallel: wo, w_down and, by rows of
@@ -97,7 +110,7 @@ def make_rules(*, sequence_parallel: bool = False, experts: str = "tensor", voca
         "batch": ("data",), "seq": ("context",), "tokens": ("data", "context"),
         "residual_seq": ("context", *along), "residual_tokens": ("data", "context", *along),
     }
-    return Rules(tuple(table.items()), zero, shard_size, zero_axes)
+    return Rules(tuple(table.items()), zero, shard_size, zero_axes, dispatch, node)
 
 
 # -- one leaf ----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from mindspore import Tensor, ops
 from mindspore.communication import create_group
 from mindspore.ops.primitive import constexpr
 
+from ..kernels.native import iota
 from ..spec import ParamSpec
 from ..tree import paths, tree_map_with_path
 from . import groups
@@ -57,8 +58,11 @@ class Placement:
                f"rules other than tokens = batch + seq, residual_seq = seq + more, residual_tokens = batch + residual_seq (found "
                f"batch={batch}, seq={seq}, tokens={rules.axes('tokens')}, residual_seq={cut}, "
                f"residual_tokens={rules.axes('residual_tokens')})")
-        refuse(rules.axes("expert") != ("expert",) or rules.axes("ffn", ("expert",)) != rules.axes("ffn"),
-               "experts that are cut otherwise than expert by expert and over model")
+        inner, n = rules.axes("ffn", ("expert",)), mesh.extent(rules.axes("expert"))
+        refuse(rules.axes("expert") not in (("expert",), ("expert", "model")) or inner not in ((), rules.axes("ffn")),
+               f"experts over {rules.axes('expert')}, each over {inner},")
+        if rules.dispatch == "two_level" and n % rules.node:
+            raise ValueError(f"mesh {mesh}: node={rules.node} does not divide the {n} ranks that share the experts; pick a divisor")
         for name in ("heads", "ffn", "vocab"):
             refuse(bool(set(rules.axes(name)) & set(batch + seq)), f"{name!r} on an axis of the batch or of its rows")
             refuse(bool(self.axes("residual")) and self.axes(name) not in ((), self.axes("residual")),
@@ -66,10 +70,11 @@ class Placement:
 
     def axes(self, name: str) -> tuple[str, ...]:
         """Mesh axes of size above 1 that cut the dim of this name. "all" is every axis of a stage, "@a+b" the axes a and b,
-        "residual" the axes of "residual_seq" beyond those of "seq". For ``group``, "@a+b%n" is every n neighbours of the ranks
-        along a and b, "@a+b/n" those that have the same place among such n."""
+        "residual" the axes of "residual_seq" beyond those of "seq". For ``group``, "NAME%n" is every n neighbours of the ranks
+        of a name, "NAME/n" those that have the same place among such n."""
+        name = re.split("[%/]", name)[0]
         if name.startswith("@"):
-            axes: tuple[str, ...] = tuple(filter(None, re.split("[%/]", name[1:])[0].split("+")))
+            axes: tuple[str, ...] = tuple(filter(None, name[1:].split("+")))
         elif name == "residual":
             axes = tuple(a for a in self.rules.axes("residual_seq") if a not in self.rules.axes("seq"))
         else:
@@ -97,7 +102,7 @@ class Placement:
 
     def index(self, name: str) -> int:
         """Which part this rank holds."""
-        if name.startswith("@"):
+        if re.search("[@%/]", name):
             return self.group(name).index(self.rank)
         return self.mesh.index(self.mesh.coords(self.rank), self.axes(name))
 
@@ -169,6 +174,12 @@ def part(name: str) -> int:
 
 
 @constexpr
+def dispatch_rule() -> tuple[str | None, int | None]:
+    """``dispatch`` and ``node`` of the rules."""
+    return (_placed[-1].rules.dispatch, _placed[-1].rules.node) if _placed else (None, None)
+
+
+@constexpr
 def on_cpu() -> bool:
     """Whether this is compiled for the CPU, which has AllReduce of float32 sums and Broadcast alone."""
     return ms.get_context("device_target") == "CPU"
@@ -187,6 +198,11 @@ def _all_gather(name: str):
 @constexpr
 def _reduce_scatter(name: str):
     return ops.ReduceScatter(ops.ReduceOp.SUM, group_of(_placed[-1].group(name)))
+
+
+@constexpr
+def _all_to_all_v(name: str, width: int):
+    return ops.AlltoAllV(group_of(_placed[-1].group(name)), width)
 
 
 @constexpr
@@ -237,6 +253,26 @@ def reduce_scatter(x, name):
         rows = psum(x, name).reshape(n, -1)
         return rows[part(name)].reshape((x.shape[0] // n,) + x.shape[1:])
     return _reduce_scatter(name)(x)
+
+
+def all_to_all_v(x, counts, name, most):
+    """Rows to each of these ranks: x [P, D] holds those for part 0 first; counts[s, d] of them go from part s to part d.
+
+    Returns the rows that come, part 0's first. On the CPU, where shapes are static and the exchange is made of the one
+    collective there is, these are ``most`` rows, what is too much zero; else as many as come, and at least one must.
+    """
+    me, D = part(name), x.shape[1]
+    if not on_cpu():
+        sent, got = counts[me].astype(ms.int64), counts[:, me].astype(ms.int64)
+        return _all_to_all_v(name, D)(x.reshape(-1), sent, got).reshape(-1, D)
+    P = x.shape[0]
+    start_S = (ops.cumsum(counts, 1) - counts)[:, me]  # of the rows for this rank, among the sender's
+    end_S, row = ops.cumsum(counts[:, me], 0), iota(most)
+    sender = ops.minimum((end_S.reshape(1, -1) <= row.reshape(-1, 1)).astype(ms.int32).sum(1).astype(ms.int32), len(end_S) - 1)
+    place = ops.gather(start_S - end_S + counts[:, me] + iota(len(end_S)) * P, sender, 0) + row
+    real = (row < end_S[-1]).reshape(-1, 1)
+    rows = ops.gather(all_gather(x, name), ops.clamp(place, 0, len(end_S) * P - 1), 0)
+    return ops.where(real, rows, ops.zeros_like(rows))
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
