@@ -76,6 +76,15 @@ def computable(params: Any) -> Any:
     return params
 
 
+def entered(params: Any, cfg: Config) -> Any:
+    """``computable`` params, or a part of the tree, as the loss uses them: what is kept as parts outside of blocks is whole."""
+    params = computable(params)
+    if cuts_params():
+        names = _end_shards(cfg)
+        params = {k: gathered(params[k], names[k]) if k in names else params[k] for k in params}
+    return params
+
+
 def layers(params: tuple, x: Tensor, batch: dict, one_block: Callable, recompute: Any, cfg: Config, first: int = 0) -> tuple:
     """Main blocks one after another, the first of them layer ``first``: (x [B, T, D], loads, balance losses).
 
@@ -218,9 +227,7 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
     Returns (loss, {"loss", "main_loss", "mtp_loss", "balance_loss" (weighted) 0-D float32, "load" [MoE layers incl.
     MTP, E] int32}); all but the load are differentiable.
     """
-    params, one_block = computable(params), make_block(cfg, route, balance)
-    if cuts_params():
-        params = gathered(params, _end_shards(cfg))
+    params, one_block = entered(params, cfg), make_block(cfg, route, balance)
     embedded = embed(params["embed"], batch["tokens"])
     x, loads, aux = layers(params["layers"], embedded, batch, one_block, recompute, cfg)
     main_loss, mtp_loss, more_loads, more_aux = score(params, x, embedded, batch, one_block, recompute, cfg, mtp_prenorm)

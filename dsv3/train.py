@@ -6,20 +6,22 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 import optree
 from mindspore import Tensor, ops
 
 from .config import Config
-from .model import denominators, loss_fn, param_specs
+from .model import denominators, loss_fn
 from .nn.router import updated_bias
 from .optim import Optimizer, is_state
 from .parallel.groups import own_rank
 from .parallel.mesh import Mesh
+from .parallel.pipeline import accumulated, embedding_joiner, loads_of, reporter
 from .parallel.rules import make_rules
+from .parallel.schedules import Pipeline, check_schedule
 from .parallel.shard import Placement, placed
-from .parallel.zero import check_state, make_update
+from .parallel.stages import held
+from .parallel.update import check_state, make_reduce, make_update
 from .schedule import Schedule, value_at
 from .transform import builder, jit, picker, value_and_grad
 from .tree import flatten, paths
@@ -28,7 +30,8 @@ from .tree import flatten, paths
 def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rules: Any = None, route: Callable | None = None,
                     balance: Callable | None = None, mtp_weight: float | Schedule = 0.3,
                     bias_update_rate: float | Schedule = 0.001, accumulate: int = 1,
-                    recompute: bool | str | tuple[int, ...] = False, mtp_prenorm: bool = False) -> Callable:
+                    recompute: bool | str | tuple[int, ...] = False, mtp_prenorm: bool = False,
+                    pipeline: Pipeline | None = None) -> Callable:
     """``step(params, opt_state, batch) -> (params, opt_state, metrics)``: loss, gradients, AdamW, router bias.
 
     params and opt_state are donated: their tensors are updated in place and handed back; the count of steps is new.
@@ -38,17 +41,24 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     "learning_rate" (a Python float). When the gradients are not finite nothing but the count changes, and grad_norm
     says so. Raises ValueError when the rows do not divide.
 
-    mesh: a ``parallel.Mesh``; this process is one rank of it, params are its slices (``parallel.shard.place``), opt_state
-    that of its parts (``parallel.zero.init_state``), the batch its own rows. rules: ``parallel.make_rules()`` by default; its
-    ``zero`` is one of 0 to 3. Communication is explicit, so that any device that has the collectives will do, the CPU too;
+    mesh: a ``parallel.Mesh``; this process is one rank of it, params are its slices (``parallel.stages.own``), opt_state
+    that of its parts (``parallel.update.init_state``), the batch its own rows. rules: ``parallel.make_rules()`` by default,
+    with ``zero`` one of 0 to 3. Communication is explicit, so that any device that has the collectives will do, the CPU too;
     metrics are those of the whole batch, on every rank. Level 3 keeps one block's params whole at a time only where blocks
     are recomputed.
+
+    pipeline: for a mesh with ``pipe`` above 1, how the layers are dealt to the stages and in which order these work;
+    ``accumulate`` is the number of micro-batches, and every stage is given the batch. A pipeline always recomputes a chunk's
+    forward (``parallel.pipeline``); ``recompute`` then saves memory inside that.
     """
     placement = None
     if mesh is not None:
         if not isinstance(mesh, Mesh):
             raise ValueError(f"mesh={mesh!r}; expected a dsv3.parallel.Mesh, or None for one device")
-        placement = Placement(mesh, rules or make_rules(), own_rank())
+        placement = Placement(mesh, rules or make_rules(), own_rank(), pipeline or Pipeline())
+        check_schedule(placement.pipeline.schedule, mesh.pipe, placement.pipeline.virtual, accumulate)
+    elif pipeline is not None:
+        raise ValueError(f"pipeline={pipeline} without a mesh; give mesh=Mesh(pipe=...), or leave it out")
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}; expected at least 1")
 
@@ -58,8 +68,8 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
         structure = optree.tree_structure((params, "masters" in opt_state))
         if structure not in steps:
             if placement:
-                check_state(params, opt_state, param_specs(cfg), placement)
-            steps[structure] = _bind(params, loss_of, optimizer, accumulate, cfg, placement)
+                check_state(params, opt_state, held(cfg, placement)[0], placement)
+            steps[structure] = _bind(params, loss_of, optimizer, accumulate, cfg, placement, pieces)
         count = int(opt_state["step"].asnumpy())
         rates = (value_at(bias_update_rate, count), value_at(mtp_weight, count))
         hyper = np.concatenate([optimizer.hyper(count), np.array(rates, np.float32)])
@@ -68,6 +78,8 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
         metrics["learning_rate"] = float(hyper[0])
         return params, opt_state | {"step": Tensor(np.array(count + 1, np.int32))}, metrics
 
+    pieces = {"route": route, "balance": balance, "recompute": recompute, "mtp_prenorm": mtp_prenorm}
+
     def loss_of(params, batch, weight):
         return loss_fn(params, batch, weight, cfg=cfg, route=route, balance=balance, recompute=recompute,
                        mtp_prenorm=mtp_prenorm)
@@ -75,7 +87,8 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     return step
 
 
-def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int, cfg: Config, placement: Any) -> Callable:
+def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int, cfg: Config, placement: Placement | None,
+          pieces: dict) -> Callable:
     """The compiled part of a step for one structure of params: ``run(params, state, batch, hyper) -> metrics``.
 
     Leaves cross as flat tuples, the router biases apart from the rest: they are what the gradient does not move.
@@ -86,7 +99,7 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
     build = builder(params, is_bias)
     pick = picker(params, [not bias for bias in is_bias])
     is_cut, share = placement is not None, 1 / len(placement.group("all")) if placement else 1.0
-    reduce, update_ = make_update(optimizer, param_specs(cfg), placement, decays)
+    reduce, update_ = make_reduce(cfg, placement), make_update(optimizer, cfg, placement, decays)
 
     def objective(params, batch, weight):
         """Of a rank: all of them report the loss, and the sum of what they report is differentiated (parallel.shard)."""
@@ -114,25 +127,19 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
         return metrics
 
     @jit
-    def part(leaves, biases, sums, batch, weight):
-        (_, metrics), tree = loss_and_grads(build(leaves, biases), batch, weight)
-        grads = reduce(pick(tree))
-        added = ()
-        for i in range(len(sums)):
-            added = added + (ops.assign_add(sums[i], grads[i].astype(ms.float32)),)
-        metrics["loss"] = ops.depend(metrics["loss"], added)
-        return metrics
-
-    @jit
-    def apply(leaves, biases, moments, sums, load_and_hyper):
-        norm = finish(leaves, biases, sums, moments["m"], moments["v"], moments["masters"], load_and_hyper["load"],
-                      load_and_hyper["hyper"])
+    def apply(leaves, biases, moments, sums, found, hyper):
+        load = ops.cat(loads_of(found), 0) if biases else ()
+        norm = finish(leaves, biases, sums, moments["m"], moments["v"], moments["masters"], load, hyper)
         cleared = ()
         for leaf in sums:
             cleared = cleared + (ops.assign(leaf, ops.depend(ops.zeros_like(leaf), norm)),)
         return ops.depend(norm, cleared)
 
-    accumulators: list = []
+    in_parts = accumulate > 1 or (is_cut and placement.mesh.pipe > 1)
+    if in_parts:
+        gradients = accumulated(params, cfg, placement, accumulate, **pieces)
+        join, report = embedding_joiner(params, cfg, placement), reporter(cfg, placement)
+    sums: list = []
 
     def run(params: Any, state: dict, batch: dict, hyper: np.ndarray) -> dict:
         def moved(tree: Any) -> tuple:
@@ -140,17 +147,15 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
 
         leaves, biases = moved(params), tuple(leaf for leaf, bias in zip(flatten(params), is_bias) if bias)
         moments = {"m": moved(state["m"]), "v": moved(state["v"]), "masters": flatten(state.get("masters", ()))}
-        if accumulate == 1:
+        if not in_parts:
             return whole(leaves, biases, moments, batch, hyper)
-        if not accumulators:
+        if not sums:
             sums_like = moments["m"] if placement and placement.rules.zero >= 2 else leaves
-            accumulators.append(tuple(Tensor(np.zeros(leaf.shape, np.float32)) for leaf in sums_like))
-        metrics: dict = {}
-        for micro in split_rows(batch, accumulate, cfg):
-            one = part(leaves, biases, accumulators[0], micro, hyper[8])
-            metrics = {k: metrics[k] + one[k] if metrics else one[k] for k in one}
-        metrics["grad_norm"] = apply(leaves, biases, moments, accumulators[0], {"load": metrics["load"], "hyper": hyper})
-        return metrics
+            sums.append(tuple(Tensor(np.zeros(leaf.shape, np.float32)) for leaf in sums_like))
+        found = gradients(leaves, biases, sums[0], split_rows(batch, accumulate, cfg), hyper[8])
+        join(sums[0])
+        norm = apply(leaves, biases, moments, sums[0], found, hyper)
+        return report(found, hyper[8]) | {"grad_norm": norm}
 
     return run
 

@@ -17,7 +17,7 @@ from dsv3.optim import is_state
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.rules import make_rules
 from dsv3.parallel.shard import Placement, place
-from dsv3.parallel.zero import init_state
+from dsv3.parallel.update import init_state
 from dsv3.tree import paths
 
 

@@ -2,3 +2,4 @@
 from .mesh import Mesh as Mesh
 from .rules import Rules as Rules
 from .rules import make_rules as make_rules
+from .schedules import Pipeline as Pipeline

@@ -266,7 +266,7 @@ PRIMITIVES: dict[str, Callable] = {name: _elementwise(function) for name, functi
     "AddN": lambda node, parts, *more: sum((parts, *more)[1:], parts) if more else sum(parts[1:], parts[0]),
     "ArgMaxWithValue": _arg_with_value(np.argmax), "ArgMinWithValue": _arg_with_value(np.argmin),
     "Argmax": _arg(np.argmax), "ArgMaxExt": _arg(np.argmax), "ArgMinExt": _arg(np.argmin),
-    "BatchMatMul": _matmul, "MatMul": _matmul, 
+    "BatchMatMul": _matmul, "MatMul": _matmul,
     **dict.fromkeys(("MatMulExt", "Mm", "BatchMatMulExt"), lambda node, a, b: np.matmul(a, b)),
     "BroadcastTo": lambda node, x, *_: np.broadcast_to(x, node.type.shape),
     "Concat": _concat, "Stack": _stack, "CumSum": _cumsum, "CumsumExt": lambda node, x, dim, *_: _cumsum(node, x, dim),

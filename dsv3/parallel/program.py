@@ -18,9 +18,11 @@ from . import bind, shard
 from .groups import own_rank
 from .mesh import Mesh
 from .rules import Rules, make_rules
+from .schedules import Pipeline
 from .shard import Placement
 from .simulate import Step
-from .zero import init_state
+from .stages import held, own
+from .update import init_state
 
 STATE_AXES = ("replica", "expert", "context", "model")  # over which MindSpore's parallel optimizer counts copies
 
@@ -59,6 +61,8 @@ def train_step(model: str | dict, mesh: str, rows: int, length: int, *, rules: d
         raise ValueError(f"dtype={dtype!r}: such a step can be compiled (empty=True), not run: its master weights start wrong")
     table = make_rules(zero_axes=STATE_AXES, **(rules or {}))
     placement = Placement(Mesh.parse(mesh), table, get_rank())
+    if placement.mesh.pipe > 1:
+        raise ValueError(f"mesh {mesh}: one operator cannot be a pipeline; take make_train_step(mesh=, pipeline=)")
     batch = {"tokens": (rows, length)}
     auto_parallel(placement, batch, table)
     shard.enter(placement)
@@ -95,16 +99,18 @@ def hyper(optimizer: Any, step: int, bias_rate: float = 0.001, mtp_weight: float
 # -- the step that Python drives ---------------------------------------------------------------------------------------
 def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: int = 1, rules: dict[str, Any] | None = None,
               changes: dict | None = None, learning_rate: float = 1e-2, accumulate: int = 1,
-              recompute: Any = False) -> tuple[Any, list[dict]]:
+              recompute: Any = False, pipeline: dict[str, Any] | None = None) -> tuple[Any, list[dict]]:
     """``make_train_step(mesh=...)`` on this rank's part of ``init`` with seed 0 and of batches of ``rows`` x ``length``, the
     same as ``batch_of`` of the seeds 1, 2, ... Returns (params, metrics of every step). See ``train_step`` for the arguments.
     """
     cfg = (PRESETS[model] if isinstance(model, str) else Config.from_hf(model)).replace(**(changes or {}))
     table, optimizer = make_rules(**(rules or {})), adamw(learning_rate)
-    placement = Placement(Mesh.parse(mesh), table, own_rank())
-    params = shard.place(init(cfg, seed=0), param_specs(cfg), placement)
-    step = make_train_step(cfg, optimizer, mesh=placement.mesh, rules=table, accumulate=accumulate, recompute=recompute)
-    state, metrics = init_state(optimizer, params, param_specs(cfg), placement), []
+    line = Pipeline(**{k: tuple(v) if isinstance(v, list) else v for k, v in (pipeline or {}).items()})
+    placement = Placement(Mesh.parse(mesh), table, own_rank(), line)
+    params = own(init(cfg, seed=0), cfg, placement)
+    step = make_train_step(cfg, optimizer, mesh=placement.mesh, rules=table, accumulate=accumulate, recompute=recompute,
+                           pipeline=line)
+    state, metrics = init_state(optimizer, params, held(cfg, placement)[0], placement), []
     for i in range(steps):
         batch = {"tokens": own_rows(placement, batch_of(cfg, rows, length, 1 + i))}
         params, state, found = step(params, state, batch)

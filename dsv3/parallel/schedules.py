@@ -1,4 +1,4 @@
-"""Pipeline schedules: which chunks a stage holds, and how many micro-batches it has in flight.
+"""Pipeline schedules: which chunks a stage holds, what it does when, and how many micro-batches it has in flight.
 
 A pipeline of P stages cuts the model into chunks of consecutive layers: one a stage, or V with interleaving.
 """
@@ -28,8 +28,8 @@ class Pipeline:
         if self.layers == "even":
             return deal(num_hidden_layers, chunks, self.noop)
         if isinstance(self.layers, str) or len(self.layers) != chunks or sum(self.layers) != num_hidden_layers:
-            raise ValueError(f"pipeline layers={self.layers!r}: expected 'even', or {chunks} numbers (pipe={pipe}, {self.virtual} "
-                             f"a stage) that add up to num_hidden_layers={num_hidden_layers}")
+            raise ValueError(f"pipeline layers={self.layers!r}: expected 'even', or {chunks} numbers (pipe={pipe}, "
+                             f"{self.virtual} a stage) that add up to num_hidden_layers={num_hidden_layers}")
         return tuple(self.layers)
 
 
@@ -79,7 +79,7 @@ def in_flight(stage: int, pipe: int, virtual: int, micro_batches: int, schedule:
         return ((min(M // 2, P - first), min(M // 2, first + 1)),)
     if schedule == "dualpipev":
         return ((min(M, 2 * P - stage), min(M, stage + 1)),)
-    ahead = min(M * V, 2 * (P - stage - 1) + (V - 1) * P)
+    ahead = min(M * V, _ahead(stage, P, V))
     now, states = [0] * V, set()
     for k in range(M * V):
         now[k // P % V] += 1
@@ -99,6 +99,110 @@ def bubble(pipe: int, virtual: int, micro_batches: int, schedule: str) -> float:
     if schedule == "dualpipe":
         return max(pipe / 2 - 1, 0) / micro_batches
     return (pipe - 1) / (virtual * micro_batches)
+
+
+# -- the order of work -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Action:
+    """A stage's forward or backward of one micro-batch through one of its chunks, which takes one tick."""
+
+    tick: int
+    stage: int
+    kind: str  # "forward" or "backward"
+    chunk: int
+    micro: int
+
+
+def timeline(schedule: str, pipe: int, virtual: int, micro_batches: int) -> tuple[Action, ...]:
+    """What every stage does when, by tick and then stage: at each tick the first thing it wants that is ready.
+
+    GPipe, 1F1B and interleaved stages want one thing at a time, in their published order (``_order``). DualPipeV is 1F1B on
+    2 P stages of which each rank plays two: a backward before a forward, the later chunk before the earlier, and never more
+    in flight than 1F1B has there. Its pairs of forward and backward are not overlapped. Forward and backward take a tick each.
+    Raises ValueError for what ``check_schedule`` refuses and for "dualpipe".
+    """
+    check_schedule(schedule, pipe, virtual, micro_batches)
+    if schedule == "dualpipe":
+        raise ValueError("schedule='dualpipe' keeps every layer on two stages and is planned for, not run; take 'dualpipev' with "
+                         "virtual=2, which has the same bubble and holds every layer once")
+    last, M = pipe * virtual - 1, micro_batches
+    held = [chunks_of(stage, pipe, virtual, schedule) for stage in range(pipe)]
+    counts = {(kind, c): 0 for kind in ("forward", "backward") for c in range(last + 1)}  # done before this tick
+    orders = None if schedule == "dualpipev" else [_order(s, pipe, virtual, M, schedule) for s in range(pipe)]
+    actions: list[Action] = []
+
+    def wanted(stage: int) -> list[tuple[str, int, int]]:
+        if orders:
+            return orders[stage][:1]
+        free = [c for c in held[stage] if counts["forward", c] - counts["backward", c] < last + 1 - c]
+        return [(kind, c, counts[kind, c]) for kind, some in (("backward", held[stage]), ("forward", free)) for c in some[::-1]]
+
+    def ready(kind: str, chunk: int, micro: int) -> bool:
+        if kind == "forward":
+            return micro < M and (chunk == 0 or counts["forward", chunk - 1] > micro)
+        return counts["forward", chunk] > micro and (chunk == last or counts["backward", chunk + 1] > micro)
+
+    tick = 0
+    while len(actions) < 2 * M * (last + 1):
+        now = [(stage, next((w for w in wanted(stage) if ready(*w)), None)) for stage in range(pipe)]
+        for stage, action in now:
+            if action is not None:
+                actions.append(Action(tick, stage, *action))
+                counts[action[:2]] += 1
+                if orders:
+                    del orders[stage][0]
+        if all(action is None for _, action in now):
+            raise RuntimeError(f"{schedule}, pipe={pipe}, virtual={virtual}, micro_batches={M}: no stage goes on at tick {tick}")
+        tick += 1
+    return tuple(actions)
+
+
+def _order(stage: int, pipe: int, virtual: int, micro_batches: int, schedule: str) -> list[tuple[str, int, int]]:
+    """(kind, chunk, micro) of a stage in turn: some forwards ahead, one forward and one backward, the backwards left over."""
+    M, P, V = micro_batches, pipe, virtual
+    group = P if V > 1 else 1  # micro-batches that go through a chunk before the stage's next chunk has its turn
+    forwards, backwards = ([(kind, stage + (v if kind == "forward" else V - 1 - v) * P, first + i)
+                            for first in range(0, M, group) for v in range(V) for i in range(group)]
+                           for kind in ("forward", "backward"))
+    ahead = {"gpipe": M, "1f1b": P - stage - 1}.get(schedule, _ahead(stage, P, V))
+    ahead = min(M * V, ahead)
+    steady = [action for pair in zip(forwards[ahead:], backwards) for action in pair]
+    return forwards[:ahead] + steady + backwards[M * V - ahead:]
+
+
+def _ahead(stage: int, pipe: int, virtual: int) -> int:
+    """Chunk passes by which an interleaved stage runs ahead (arXiv 2104.04473; Megatron's warm-up)."""
+    return 2 * (pipe - stage - 1) + (virtual - 1) * pipe
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage's next thing to do. kind: "forward" or "backward" of (chunk, micro); "send" or "receive", to or from the stage
+    ``peer``, of what a neighbouring chunk made for (chunk, micro): its input "x", or the gradient "dy" of its output."""
+
+    kind: str
+    chunk: int
+    micro: int
+    what: str = ""
+    peer: int = -1
+
+
+def tasks(stage: int, actions: Sequence[Action]) -> tuple[Task, ...]:
+    """A stage's part of a ``timeline`` with its transfers, each after the tick that made what it moves.
+
+    All stages make the transfers that concern them in one order, by tick and then sender. So the earliest that is not made yet
+    is the next one for both its stages, and nothing can wait for ever, even where a send waits for its receiver.
+    """
+    home, last = {a.chunk: a.stage for a in actions}, max(a.chunk for a in actions)
+    out: list[tuple[tuple[int, int, int], Task]] = []
+    for a in actions:
+        if a.stage == stage:
+            out.append(((a.tick, 0, 0), Task(a.kind, a.chunk, a.micro)))
+        what, to = ("x", a.chunk + 1) if a.kind == "forward" else ("dy", a.chunk - 1)
+        if 0 <= to <= last and home[to] != a.stage and stage in (a.stage, home[to]):
+            kind, peer = ("send", home[to]) if stage == a.stage else ("receive", a.stage)
+            out.append(((a.tick, 1, a.stage), Task(kind, to, a.micro, what, peer)))
+    return tuple(task for _, task in sorted(out, key=lambda item: item[0]))
 
 
 # -- dealing layers ----------------------------------------------------------------------------------------------------

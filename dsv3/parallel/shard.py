@@ -37,7 +37,7 @@ STAGE_AXES = AXES[1:]  # of the ranks that share one pipeline stage
 class Placement:
     """One rank's place: the mesh, the rules, which rank, and how its stage is filled.
 
-    ValueError for what the model has no communication for yet.
+    Raises ValueError for what the model has no communication for yet.
     """
 
     mesh: Mesh
@@ -52,7 +52,6 @@ class Placement:
             if condition:
                 raise ValueError(f"mesh {mesh}: {what} can be planned for, not compiled: the model's code does not do it yet")
 
-        refuse(mesh.pipe > 1, f"pipe={mesh.pipe}, a pipeline")
         batch, seq, cut = (rules.axes(name) for name in ("batch", "seq", "residual_seq"))
         refuse(cut[:len(seq)] != seq or rules.axes("tokens") != batch + seq or rules.axes("residual_tokens") != batch + cut,
                f"rules other than tokens = batch + seq, residual_seq = seq + more, residual_tokens = batch + residual_seq (found "
@@ -62,23 +61,23 @@ class Placement:
         refuse(rules.axes("expert") not in (("expert",), ("expert", "model")) or inner not in ((), rules.axes("ffn")),
                f"experts over {rules.axes('expert')}, each over {inner},")
         if rules.dispatch == "two_level" and n % rules.node:
-            raise ValueError(f"mesh {mesh}: node={rules.node} does not divide the {n} ranks that share the experts; pick a divisor")
+            raise ValueError(f"mesh {mesh}: node={rules.node} does not divide the {n} ranks that share experts; pick a divisor")
         for name in ("heads", "ffn", "vocab"):
             refuse(bool(set(rules.axes(name)) & set(batch + seq)), f"{name!r} on an axis of the batch or of its rows")
             refuse(bool(self.axes("residual")) and self.axes(name) not in ((), self.axes("residual")),
                    f"sequence parallelism over {self.axes('residual')} with {name!r} on {self.axes(name)}")
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """Mesh axes of size above 1 that cut the dim of this name. "all" is every axis of a stage, "@a+b" the axes a and b,
-        "residual" the axes of "residual_seq" beyond those of "seq". For ``group``, "NAME%n" is every n neighbours of the ranks
-        of a name, "NAME/n" those that have the same place among such n."""
+        """Mesh axes of size above 1 that cut the dim of this name. "all" is every axis of a stage, "world" every axis, "@a+b" the
+        axes a and b, "residual" the axes of "residual_seq" beyond those of "seq". For ``group``, "NAME%n" is every n neighbours
+        of the ranks of a name, "NAME/n" those that have the same place among such n."""
         name = re.split("[%/]", name)[0]
         if name.startswith("@"):
             axes: tuple[str, ...] = tuple(filter(None, name[1:].split("+")))
         elif name == "residual":
             axes = tuple(a for a in self.rules.axes("residual_seq") if a not in self.rules.axes("seq"))
         else:
-            axes = STAGE_AXES if name == "all" else self.rules.axes(name)
+            axes = {"all": STAGE_AXES, "world": AXES}.get(name) or self.rules.axes(name)
         return tuple(a for a in axes if self.mesh.axes[a] > 1)
 
     def group(self, name: str) -> tuple[int, ...]:
@@ -123,7 +122,6 @@ def placed(placement: Placement) -> Iterator[None]:
 def enter(placement: Placement) -> None:
     """``placed`` for the rest of this process."""
     _placed.append(placement)
-
 
 
 @functools.cache
@@ -280,8 +278,8 @@ _map = ops.Map()
 
 
 def global_norm(grads, shares):
-    """Euclidean norm of gradients that are cut over the ranks of a stage; shares: ``Placement.share`` of each. 0-D float32."""
-    return ops.sqrt(psum(ops.stack(_map(_square_sum, grads, shares)).sum(), "all"))
+    """Euclidean norm of gradients that are cut over all ranks; shares: ``Placement.share`` of each. 0-D float32."""
+    return ops.sqrt(psum(ops.stack(_map(_square_sum, grads, shares)).sum(), "world"))
 
 
 def _square_sum(x, share):

@@ -8,9 +8,11 @@ from typing import Any
 from ..config import Config
 from ..model import param_specs
 from ..spec import is_spec
-from ..tree import paths
+from ..tree import paths, tree_map_with_path
 from .schedules import check_schedule, chunks_of
-from .shard import Placement
+from .shard import Placement, place
+
+AFTER = ("norm", "head", "mtp")  # what follows the main layers, on the last stage
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,15 @@ class Chunk:
     first: bool
     last: bool
 
+    def embeds(self, cfg: Config) -> bool:
+        """Whether it reads the main embedding."""
+        return self.first or (self.last and reads_embedding(cfg))
 
-def chunks(cfg: Config, placement: Placement) -> tuple[Chunk, ...]:
+
+def chunks(cfg: Config, placement: Placement | None) -> tuple[Chunk, ...]:
     """The chunks of a rank's stage, in the order of the model; without a pipeline one, the whole model."""
+    if placement is None:
+        return (Chunk(0, tuple(range(cfg.num_hidden_layers)), True, True),)
     pipe, line = placement.mesh.pipe, placement.pipeline
     check_schedule(line.schedule, pipe, line.virtual, pipe)
     lengths = line.lengths(cfg.num_hidden_layers, pipe)
@@ -35,7 +43,7 @@ def chunks(cfg: Config, placement: Placement) -> tuple[Chunk, ...]:
                  for c in sorted(chunks_of(stage, pipe, line.virtual, line.schedule)))
 
 
-def held(cfg: Config, placement: Placement) -> tuple[Any, tuple[str, ...]]:
+def held(cfg: Config, placement: Placement | None) -> tuple[Any, tuple[str, ...]]:
     """(specs, names) of a rank's stage: a tree like ``param_specs`` with this stage's layers only, in their order, and of each
     leaf, in the order of ``paths``, its path in the whole model.
 
@@ -44,13 +52,10 @@ def held(cfg: Config, placement: Placement) -> tuple[Any, tuple[str, ...]]:
     """
     whole, mine = param_specs(cfg), chunks(cfg, placement)
     numbers = [i for chunk in mine for i in chunk.layers]
-    first, last = mine[0].first, mine[-1].last
-    tree: dict[str, Any] = {}
-    if first or (last and reads_embedding(cfg)):
-        tree["embed"] = whole["embed"]
+    tree = {"embed": whole["embed"]} if any(chunk.embeds(cfg) for chunk in mine) else {}
     tree["layers"] = tuple(whole["layers"][i] for i in numbers)
-    if last:
-        tree |= {key: whole[key] for key in ("norm", "head", "mtp") if key in whole}
+    if mine[-1].last:
+        tree |= {key: whole[key] for key in AFTER if key in whole}
 
     def name(path: str) -> str:
         top, _, rest = path.partition(".")
@@ -60,6 +65,28 @@ def held(cfg: Config, placement: Placement) -> tuple[Any, tuple[str, ...]]:
         return f"layers.{numbers[int(i)]}.{rest}"
 
     return tree, tuple(name(path) for path, _ in paths(tree, is_spec))
+
+
+def part_of(tree: Any, chunk: Chunk, mine: tuple[Chunk, ...], cfg: Config) -> Any:
+    """What one of a stage's chunks ``mine`` reads of a tree shaped like the stage's params."""
+    start = sum(len(other.layers) for other in mine if other.index < chunk.index)
+    part = {"embed": tree["embed"]} if chunk.embeds(cfg) else {}
+    part["layers"] = tree["layers"][start:start + len(chunk.layers)]
+    return part | ({key: tree[key] for key in AFTER if key in tree} if chunk.last else {})
+
+
+def own(params: Any, cfg: Config, placement: Placement) -> Any:
+    """A rank's own params, of whole ones: the slices of its stage, as Tensors of their own (``shard.place`` for a pipeline)."""
+    specs, names = held(cfg, placement)
+    leaves, name = dict(paths(params)), iter(names)
+    return place(tree_map_with_path(lambda path, spec: leaves[next(name)], specs), specs, placement)
+
+
+def moe_rows(chunk: Chunk, cfg: Config) -> tuple[int, ...]:
+    """Rows of the metric "load" that a chunk's MoE blocks fill, those of its MTP modules included, in its order."""
+    row = {layer: i for i, layer in enumerate(i for i in range(cfg.num_hidden_layers) if cfg.is_moe_layer(i))}
+    rows = tuple(row[i] for i in chunk.layers if i in row)
+    return rows + (tuple(range(len(row), len(row) + cfg.num_nextn_predict_layers)) if chunk.last else ())
 
 
 def reads_embedding(cfg: Config) -> bool:

@@ -1,32 +1,19 @@
-"""ZeRO: ranks that hold copies of a leaf share out what the optimiser keeps of it (arXiv 1910.02054, section 5).
+"""Who shares what under ZeRO (arXiv 1910.02054, section 5), and params that are kept as parts and made whole where they are used.
 
-Where data parallelism sums a gradient over n copies, each of them here gets the sum of its own n-th alone, updates that
-part with the moments and masters of that part, and hands it to the others: a ReduceScatter and an AllGather, which move
-what the AllReduce did. Level 1 does it once a step. Level 2 cuts the gradient of every micro-batch, so that the sums over
-micro-batches are of the part only. Level 3 keeps the params as parts too: ``gathered`` makes a leaf whole where it is used,
-and as the derivative of a gather is the reduce-scatter, its gradient arrives cut and summed. A leaf whose first dim does
-not divide stays whole (``rules.state_shards``), as does the router's choice bias, which no gradient moves.
+What the optimiser does with the parts is in ``parallel.update``.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import mindspore as ms
-from mindspore import Tensor, ops
 from mindspore.ops.primitive import constexpr
 
-from ..kernels.adamw import store
-from ..optim import Optimizer, is_state
-from ..spec import ParamSpec, is_spec
-from ..tree import paths, tree_map_with_path
-from .rules import copies, layout, local_slices, state_shards
-from .shard import STAGE_AXES, Placement, all_gather, cut, global_norm, here, on_cpu, part, parts, psum, reduce_scatter
-
-_map = ops.Map()
+from ..spec import ParamSpec
+from ..tree import tree_map_with_path
+from .rules import copies, layout, state_shards
+from .shard import STAGE_AXES, Placement, all_gather, here
 
 
-# -- who ---------------------------------------------------------------------------------------------------------------
 def groups_of(spec: ParamSpec, path: str, placement: Placement) -> tuple[str, str, str]:
     """(shards, across, others): names for ``psum`` of the ranks that hold copies of a leaf, in three groups.
 
@@ -44,130 +31,6 @@ def groups_of(spec: ParamSpec, path: str, placement: Placement) -> tuple[str, st
     return f"{name}%{n}" if across != "@" else name, across, "@" + "+".join(a for a in everywhere if a not in sharing)
 
 
-def _shape(spec: ParamSpec, path: str, placement: Placement, state: bool) -> tuple[int, ...]:
-    coords = placement.mesh.coords(placement.rank)
-    return tuple(s.stop - s.start for s in local_slices(spec, placement.mesh, placement.rules, coords, path, state=state))
-
-
-# -- state -------------------------------------------------------------------------------------------------------------
-def init_state(optimizer: Optimizer, params: Any, specs: Any, placement: Placement) -> dict:
-    """``optimizer.init`` of what this rank keeps: moments, and float32 masters, of its parts of the leaves.
-
-    params: the rank's own (``shard.place``); specs: of the whole leaves. Without ZeRO it is ``optimizer.init(params)``.
-    """
-    if placement.rules.zero in (0, 3):  # params are all that this rank updates
-        return optimizer.init(params)
-    held = dict(paths(params))
-
-    def part_of(path: str, spec: Any) -> Tensor:
-        leaf, n = held[path], state_shards(spec, placement.mesh, placement.rules, path)
-        if n == 1:
-            return leaf
-        i = placement.index(groups_of(spec, path, placement)[0])
-        rows = leaf.shape[0] // n
-        return cut(leaf, (slice(i * rows, (i + 1) * rows),))
-
-    return optimizer.init(tree_map_with_path(part_of, specs))
-
-
-def check_state(params: Any, state: dict, specs: Any, placement: Placement) -> None:
-    """Refuse params and optimiser state that are not this rank's parts, naming the leaf and both shapes."""
-    params, zero = dict(paths(params)), placement.rules.zero
-    moments = {"m": dict(paths(state["m"])), "v": dict(paths(state["v"])), "masters": state.get("masters", {})}
-    for path, spec in paths(specs, is_spec):
-        part = _shape(spec, path, placement, True)
-        expected = {"params": _shape(spec, path, placement, zero == 3)}
-        expected |= {} if is_state(path) else {name: part for name in moments if path in moments[name]}
-        for name, shape in expected.items():
-            found = tuple((params if name == "params" else moments[name])[path].shape)
-            if found != shape:
-                what = "parallel.place(params, ...)" if name == "params" else "parallel.init_state(optimizer, params, ...)"
-                raise ValueError(f"{name} {path}: shape {found}, but a rank of mesh {placement.mesh} with zero={zero} has "
-                                 f"{shape}; make it with {what}")
-
-
-# -- update ------------------------------------------------------------------------------------------------------------
-def make_update(optimizer: Optimizer, specs: Any, placement: Placement | None, decays: tuple) -> tuple[Callable, Callable]:
-    """(reduce, update_), for graph code, of a rank's flat tuples of the leaves that gradients move; decays: of each.
-
-    reduce(grads) -> what a micro-batch adds to the sums of gradients. update_(hyper, leaves, sums, m, v, masters) -> (done,
-    norm): gradients summed over copies, the norm of all of them, AdamW on the rank's parts in place, params handed on;
-    ``done`` must be returned from the graph. Without a placement gradients are whole already.
-    """
-    if placement is None:
-        def update_whole(hyper, leaves, grads, m, v, masters):
-            return optimizer.update_(hyper, leaves, grads, m, v, masters, decays)
-
-        return _same, update_whole
-    zero = placement.rules.zero
-    moving = [(path, spec) for path, spec in paths(specs, is_spec) if not is_state(path)]
-    shares = tuple(placement.share(spec, path) for path, spec in moving)
-    shards, across, others = zip(*(groups_of(spec, path, placement) for path, spec in moving))
-
-    def reduce(grads):
-        grads = _map(_float32, grads)  # bfloat16 would lose what many add up
-        if zero == 2:
-            return _map(reduce_scatter, grads, shards)
-        return grads
-
-    def update_(hyper, leaves, sums, m, v, masters):
-        grads = sums
-        if zero == 1:
-            grads = _map(reduce_scatter, grads, shards)
-        grads = _map(psum, _map(psum, grads, across), others)
-        norm = global_norm(grads, shares)
-        if zero == 0 or zero == 3:
-            return optimizer.apply_(hyper, norm, leaves, grads, m, v, masters, decays), norm
-        owners, cuts, narrow = _owners(_map(_dtype, leaves), shards)
-        old = _map(_own, _map(ops.partial(_take, leaves + masters), owners), cuts)
-        new, done = optimizer.renew_(hyper, norm, old, grads, m, v, decays)
-        done = (done, _map(_hand_on, leaves, new, shards))
-        if narrow:
-            done = (done, _map(store, masters, _map(ops.partial(_take, new), narrow)))
-        return done, norm
-
-    return reduce, update_
-
-
-@constexpr
-def _owners(dtypes, shards):
-    """Where in params + masters each leaf's float32 value is, how that is cut, and which leaves have a master: a part."""
-    narrow = tuple(i for i, dtype in enumerate(dtypes) if dtype != ms.float32)
-    owners = tuple(len(dtypes) + narrow.index(i) if i in narrow else i for i in range(len(dtypes)))
-    return owners, tuple("@" if i in narrow else name for i, name in enumerate(shards)), narrow
-
-
-def _own(x, name):
-    """This rank's part of x along the first dim."""
-    n = parts(name)
-    if n == 1:
-        return x
-    rows = x.shape[0] // n
-    return x[part(name) * rows:(part(name) + 1) * rows]
-
-
-def _hand_on(leaf, new, name):
-    """A leaf made of the ranks' new parts, in place. On the CPU float32 is all that can be gathered; it rounds at the end."""
-    return store(leaf, all_gather(new if on_cpu() else new.astype(leaf.dtype), name))
-
-
-def _same(x):
-    return x
-
-
-def _float32(x):
-    return x.astype(ms.float32)
-
-
-def _dtype(x):
-    return x.dtype
-
-
-def _take(leaves, i):
-    return leaves[i]
-
-
-# -- level 3 -----------------------------------------------------------------------------------------------------------
 @constexpr
 def cuts_params() -> bool:
     """Whether params are kept as parts where this is compiled for."""

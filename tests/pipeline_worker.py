@@ -1,0 +1,51 @@
+"""One process of a pipeline on CPUs, started by msrun: a few steps of each case, then its metrics and slices to files.
+
+    msrun ... pipeline_worker.py FOLDER, in which cases.json is {name: {mesh, changes, pipeline, accumulate, rows, length, steps, rate}}
+"""
+import json
+import sys
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore.communication import get_rank, init
+
+import dsv3
+from dsv3.parallel import Mesh, Pipeline, make_rules
+from dsv3.parallel.shard import Placement
+from dsv3.parallel.stages import held, own
+from dsv3.transform import compile_count
+from dsv3.tree import paths
+
+
+def run(mesh, changes, pipeline, accumulate, rows, length, steps, rate):
+    """(metrics of each step, params by their paths in the whole model, graphs compiled after the first step)."""
+    pipeline = {k: tuple(v) if isinstance(v, list) else v for k, v in pipeline.items()}
+    mesh, line, cfg, optimizer = Mesh.parse(mesh), Pipeline(**pipeline), dsv3.TINY.replace(**changes), dsv3.adamw(rate)
+    placement = Placement(mesh, make_rules(), get_rank(), line)
+    params = own(dsv3.init(cfg, seed=0), cfg, placement)
+    step, state, metrics = dsv3.make_train_step(cfg, optimizer, mesh=mesh, pipeline=line, accumulate=accumulate), None, []
+    state = optimizer.init(params)
+    n, i, compiled = rows // mesh.data, placement.index("batch"), []
+    for seed in range(1, steps + 1):
+        tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, (rows, length)).astype(np.int32)
+        params, state, found = step(params, state, {"tokens": tokens[i * n : (i + 1) * n]})
+        metrics.append({k: np.asarray(v.asnumpy()).tolist() for k, v in found.items() if k != "learning_rate"})
+        compiled.append(compile_count())
+    names = held(cfg, placement)[1]
+    return metrics, {name: leaf.asnumpy() for name, (_, leaf) in zip(names, paths(params))}, compiled[-1] - compiled[0]
+
+
+def main(folder):
+    """All cases, one after another."""
+    ms.set_device("CPU")
+    init("mccl")
+    folder = Path(folder)
+    for name, case in json.loads((folder / "cases.json").read_text()).items():
+        metrics, params, more = run(**case)
+        np.savez(folder / f"{name}_{get_rank()}.npz", **params)
+        (folder / f"{name}_{get_rank()}.json").write_text(json.dumps({"metrics": metrics, "compiled again": more}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
