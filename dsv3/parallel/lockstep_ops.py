@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .lockstep_fused import FUSED
+
 
 def _ints(value: Any) -> tuple[int, ...]:
     return tuple(int(v) for v in np.asarray(value).reshape(-1)) if value is not None else ()
@@ -291,4 +293,4 @@ PRIMITIVES: dict[str, Callable] = {name: _elementwise(function) for name, functi
     **dict.fromkeys(("Zeros", "ZerosLike", "ZerosLikeExt"), lambda node, *_: np.zeros(node.type.shape)),
     **dict.fromkeys(("Ones", "OnesLike", "OnesLikeExt"), lambda node, *_: np.ones(node.type.shape)),
     **dict.fromkeys(("FillV2", "FillScalar"), lambda node, shape, value, *_: np.full(node.type.shape, value)),
-}
+} | FUSED
