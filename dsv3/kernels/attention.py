@@ -1,7 +1,7 @@
 """Multi-head latent attention between its projections: rotation, causal scores, softmax, values.
 
-``mla_attention`` is one function with two implementations: C++ on the CPU (``attention.cc``) and a
-composition of MindSpore operators, which is the reference and what every other device compiles.
+``mla_attention`` is one function with three implementations: C++ on the CPU (``attention.cc``), Ascend's fused
+operator (``flash.py``), and a composition of MindSpore operators, which is the reference and runs everywhere.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mindspore import Tensor, mint, ops
 from mindspore.ops.function.grad.grad_func import custom_vjp
 from mindspore.ops.primitive import constexpr
 
-from dsv3.kernels import native
+from dsv3.kernels import flash, native
 from dsv3.kernels.rotary import apply_rotary
 
 
@@ -52,6 +52,15 @@ def mla_attention(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head
         segments = _no_segments() if segment_ids is None else segment_ids.astype(ms.int32)
         out_BTHV, _ = _native(q, kv, k_pe, cos, sin, segments, _head_scale(num_heads, scale))
         return out_BTHV
+    sizes = (H, N, R, V)
+    if flash.usable(N + R, V):
+        q, k, v, hidden_BTS = _rotated(q, kv, k_pe, cos, sin, segment_ids, query_positions, sizes)
+        if segment_ids is None and query_positions is None:
+            out_BHTV = flash.flash_attention(q, k, v, None, scale=scale)
+        else:
+            hidden_BHTS = ops.broadcast_to(ops.expand_dims(hidden_BTS, 1), (q.shape[0], 1, q.shape[2], k.shape[2]))
+            out_BHTV = flash.flash_attention(q, k, v, hidden_BHTS, scale=scale)
+        return out_BHTV.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], H * V)
     return mla_attention_reference(q, kv, k_pe, cos, sin, segment_ids, num_heads=H, qk_nope_head_dim=N,
                                    qk_rope_head_dim=R, v_head_dim=V, scale=scale, query_positions=query_positions)
 
@@ -59,10 +68,22 @@ def mla_attention(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head
 def mla_attention_reference(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk_nope_head_dim,
                             qk_rope_head_dim, v_head_dim, scale, query_positions=None):
     """``mla_attention`` composed of MindSpore operators: any device, any float dtype."""
-    H, N, R, V = num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
+    sizes = (num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
+    q_BHTd, k_BHSd, v_BHSV, hidden_BTS = _rotated(q, kv, k_pe, cos, sin, segment_ids, query_positions, sizes)
+    scores_BHTS = mint.matmul(q_BHTd, k_BHSd.transpose(0, 1, 3, 2)).astype(ms.float32) * scale
+    # the lowest finite number, not -inf: every row sees its own token, so this exponential is an exact 0 too
+    scores_BHTS = ops.masked_fill(scores_BHTS, ops.expand_dims(hidden_BTS, 1), _lowest())
+    weights_BHTS = ops.softmax(scores_BHTS, -1).astype(q.dtype)
+    out_BHTV = mint.matmul(weights_BHTS, v_BHSV)
+    return out_BHTV.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[1], num_heads * v_head_dim)
+
+
+def _rotated(q, kv, k_pe, cos, sin, segment_ids, query_positions, sizes):
+    """Queries [B, H, T, N+R], keys [B, H, S, N+R], values [B, H, S, V], and what is hidden from whom: [B or 1, T, S] bool."""
+    H, N, R, V = sizes
     B, T, _ = q.shape
     S = kv.shape[1]
-    q_cos, q_sin, q_segments, k_position_S = cos, sin, segment_ids, ops.arange(S)
+    q_cos, q_sin, q_segments, k_position_S = cos, sin, segment_ids, native.iota(S)
     q_position_T = k_position_S
     if query_positions is not None:
         q_position_T = query_positions
@@ -74,16 +95,11 @@ def mla_attention_reference(q, kv, k_pe, cos, sin, segment_ids, *, num_heads, qk
     q_pe_BTHR = apply_rotary(q_pe_BTHR, q_cos, q_sin)
     k_pe_BSHR = ops.broadcast_to(apply_rotary(k_pe.reshape(B, S, 1, R), cos, sin), (B, S, H, R))
     q_BHTd = mint.cat((q_nope_BTHN, q_pe_BTHR), -1).transpose(0, 2, 1, 3)
-    k_BHdS = mint.cat((k_nope_BSHN, k_pe_BSHR), -1).transpose(0, 2, 3, 1)
-    scores_BHTS = mint.matmul(q_BHTd, k_BHdS).astype(ms.float32) * scale
+    k_BHSd = mint.cat((k_nope_BSHN, k_pe_BSHR), -1).transpose(0, 2, 1, 3)
     hidden_BTS = (q_position_T.reshape(T, 1) < k_position_S.reshape(1, S)).reshape(1, T, S)
     if segment_ids is not None:
-        other_BTS = q_segments.reshape(B, T, 1) != segment_ids.reshape(B, 1, S)
-        hidden_BTS = ops.logical_or(hidden_BTS, other_BTS)
-    # the lowest finite number, not -inf: every row sees its own token, so this exponential is an exact 0 too
-    scores_BHTS = ops.masked_fill(scores_BHTS, ops.expand_dims(hidden_BTS, 1), _lowest())
-    weights_BHTS = ops.softmax(scores_BHTS, -1).astype(q.dtype)
-    return mint.matmul(weights_BHTS, v_BSHV.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3).reshape(B, T, H * V)
+        hidden_BTS = ops.logical_or(hidden_BTS, q_segments.reshape(B, T, 1) != segment_ids.reshape(B, 1, S))
+    return q_BHTd, k_BHSd, v_BSHV.transpose(0, 2, 1, 3), hidden_BTS
 
 
 def _check_shapes(q, kv, k_pe, cos, sin, segment_ids, H, N, R, V, query_positions):
