@@ -103,6 +103,12 @@ def enabled() -> bool:
     return why_reference() is None
 
 
+@constexpr
+def on_ascend() -> bool:
+    """True when graphs are compiled for Ascend, whose fused operators MindSpore has."""
+    return ms.get_context("device_target") == "Ascend"
+
+
 def native_op(stem: str, function: str, infer_shape, infer_dtype):
     """A fresh ``ops.Custom`` for ``function`` of ``stem.cc``; call it at compile time, from a ``constexpr``."""
     return ops.Custom(f"{library(stem)}:{function}", infer_shape, infer_dtype, func_type="aot")

@@ -1,7 +1,7 @@
 """RMSNorm, alone and fused with the residual addition before it.
 
-Each function has two implementations: C++ on the CPU (``elementwise.cc``) and a composition of MindSpore
-operators, which is the reference and what every other device compiles. Both compute in float32.
+Each function has three implementations: C++ on the CPU (``elementwise.cc``), Ascend's own operator, and a
+composition of MindSpore operators, which is the reference and runs everywhere. All compute in float32.
 """
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import functools
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
+from mindspore.ops.auto_generate import RmsNorm
 from mindspore.ops.function.grad.grad_func import custom_vjp
 from mindspore.ops.primitive import constexpr
 
@@ -33,6 +34,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check("rms_norm", x.shape, x.shape, weight.shape)
     if native.enabled():
         return _native_norm(_float32(x), _float32(weight), _eps_tensor(eps)).astype(x.dtype)
+    if native.on_ascend():
+        return _fused(eps)(x, weight.astype(x.dtype))[0]
     return rms_norm_reference(x, weight, eps)
 
 
@@ -59,6 +62,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
             return _native_add_norm(x, residual, _float32(weight), _eps_tensor(eps))
         total = (_float32(x) + _float32(residual)).astype(x.dtype)
         return total, rms_norm(total, weight, eps)
+    if native.on_ascend():
+        total = x + residual
+        return total, rms_norm(total, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)
 
 
@@ -84,6 +90,11 @@ def _check(name, x, residual, weight):
         raise ValueError(f"{name}: expected x and residual of one shape, found {x} and {residual}")
     if len(x) < 1 or weight != x[-1:]:
         raise ValueError(f"{name}: expected weight {x[-1:]}, the last dimension of x {x}, found {weight}")
+
+
+@constexpr
+def _fused(eps):
+    return RmsNorm(eps)
 
 
 @constexpr

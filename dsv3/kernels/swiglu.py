@@ -1,7 +1,8 @@
 """SwiGLU's element-wise half: the gate's SiLU times the other projection.
 
 Two implementations: C++ on the CPU (``elementwise.cc``) and a composition of MindSpore operators, which is
-the reference and what every other device compiles. Both compute in float32.
+the reference and what every other device compiles, with a backward that keeps no more than the C++ one does.
+Both compute in float32.
 """
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(f"swiglu: gate is {gate.dtype} and up {up.dtype}: cast one of them")
     if native.enabled():
         return _native(gate.astype(ms.float32), up.astype(ms.float32)).astype(gate.dtype)
-    return swiglu_reference(gate, up)
+    return _composed(gate, up)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -72,3 +73,18 @@ def _native_backward(gate, up, out, dout):
 
 
 _native.defbwd(_native_backward)
+
+
+@custom_vjp
+def _composed(gate, up):
+    return swiglu_reference(gate, up)
+
+
+def _composed_backward(gate, up, out, dout):
+    wide, dout = gate.astype(ms.float32), dout.astype(ms.float32)
+    share = ops.sigmoid(wide)
+    silu = wide * share
+    return (dout * up.astype(ms.float32) * (share + silu * (1 - share))).astype(gate.dtype), (dout * silu).astype(up.dtype)
+
+
+_composed.defbwd(_composed_backward)
