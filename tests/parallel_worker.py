@@ -20,6 +20,8 @@ from dsv3.parallel.shard import Placement, place
 from dsv3.parallel.update import init_state
 from dsv3.tree import paths
 
+EPSILON = 1e-6  # AdamW's for ``cut_up`` batches: masks leave gradients that cancel, and 1e-8 would magnify their rounding
+
 
 def cut_up(tokens, seed):
     """A batch whose rows are two documents each, cut at random places, with positions of their own and a fractional mask."""
@@ -34,7 +36,8 @@ def main(mesh, changes, rows, length, steps, rate, folder, rules="{}", documents
     """Train on batches drawn from the seeds 1, 2, ...; rules: arguments of ``make_rules``; documents: ``cut_up`` the rows."""
     ms.set_device("CPU")
     init("mccl")
-    mesh, cfg, optimizer = Mesh.parse(mesh), dsv3.TINY.replace(**json.loads(changes)), dsv3.adamw(float(rate))
+    mesh, cfg, documents = Mesh.parse(mesh), dsv3.TINY.replace(**json.loads(changes)), json.loads(documents)
+    optimizer = dsv3.adamw(float(rate), eps=EPSILON) if documents else dsv3.adamw(float(rate))
     options, specs = json.loads(options), param_specs(cfg)
     placement = Placement(mesh, make_rules(**json.loads(rules)), get_rank())
     params = place(dsv3.init(cfg, seed=0, dtype=options.pop("dtype", "float32")), specs, placement)
@@ -43,7 +46,7 @@ def main(mesh, changes, rows, length, steps, rate, folder, rules="{}", documents
     n, i = int(rows) // mesh.data, placement.index("batch")
     for seed in range(1, int(steps) + 1):
         tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, (int(rows), int(length))).astype(np.int32)
-        batch = cut_up(tokens, seed) if json.loads(documents) else {"tokens": tokens}
+        batch = cut_up(tokens, seed) if documents else {"tokens": tokens}
         params, state, found = step(params, state, {key: value[i * n : (i + 1) * n] for key, value in batch.items()})
         metrics.append({k: np.asarray(v.asnumpy()).tolist() for k, v in found.items() if k != "learning_rate"})
     out = {"params": params, "state": {k: v for k, v in state.items() if k != "step"}}

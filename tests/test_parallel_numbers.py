@@ -34,12 +34,12 @@ LAYOUTS = {
 }
 
 
-def on_one_device(cfg, batch=None, dtype="float32", **options):
+def on_one_device(cfg, batch=None, dtype="float32", eps=1e-8, **options):
     """Metrics of each step, and the params after the last as float32, by make_train_step (and its options) on the CPU.
 
-    batch(tokens, seed): tokens alone.
+    batch(tokens, seed): tokens alone. eps: of AdamW.
     """
-    params, optimizer = dsv3.init(cfg, seed=0, dtype=dtype), dsv3.adamw(RATE)
+    params, optimizer = dsv3.init(cfg, seed=0, dtype=dtype), dsv3.adamw(RATE, eps=eps)
     step, state, metrics = dsv3.make_train_step(cfg, optimizer, **options), optimizer.init(params), []
     for i in range(STEPS):
         tokens = batch_of(cfg, ROWS, LENGTH, 1 + i)

@@ -40,7 +40,7 @@ def launch(folder, mesh, changes, rules=None, documents=False, options=None):
         "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
     }
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     log = folder / "log" / "worker_0.log"
     assert done.returncode == 0, (log.read_text() if log.exists() else done.stdout + done.stderr)[-3000:]
 
