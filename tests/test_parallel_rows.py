@@ -1,7 +1,8 @@
 """Rows cut over ranks: sequence and context parallelism make the step of one device, and say to each other what they must.
 
 Planted faults this file was seen to catch: segments not taken at the queries' positions; chunks dealt out in their order (two
-ranks with unequal work); rows held against one chunk a rank only.
+ranks with unequal work); rows held against one chunk a rank only; a row's weight counted by every rank that shares it; a load
+that counts MTP's last positions.
 """
 from collections import Counter
 
