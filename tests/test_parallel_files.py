@@ -3,9 +3,10 @@
 Placement is data, so one process plays all ranks, one after the other; nothing is compiled.
 Planted faults this file was seen to catch: see the list at its end.
 """
-import itertools
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import mindspore as ms
 import numpy as np
@@ -14,7 +15,7 @@ from mindspore import Tensor
 from test_parallel_numbers import CHANGES
 
 import dsv3
-from dsv3.checkpoint import formats, own, sharded, training
+from dsv3.checkpoint import convert, formats, own, sharded, training
 from dsv3.checkpoint.leaves import dtype_of, host, tensor
 from dsv3.model import param_specs
 from dsv3.parallel.mesh import Mesh
@@ -64,7 +65,7 @@ def whole(seed, dtype="bfloat16"):
 
 
 def cut(params, state, placement):
-    """A rank's slices of the whole."""
+    """A rank's slices of the whole, by NumPy's indexing."""
     parts, specs = {p.path: p for p in sharded.parts(CFG, placement)}, held(CFG, placement)[0]
 
     def slices(tree, box):
@@ -79,7 +80,8 @@ def cut(params, state, placement):
 
     state_of = {key: slices(state[key], "state_box") for key in "mv"}
     master = slices(dict(state["masters"]), "state_box")
-    mine = {"step": state["step"]} | {key: tree_map_with_path(lambda path, _, key=key: state_of[key](path), specs) for key in "mv"}
+    mine = {"step": state["step"]}
+    mine |= {key: tree_map_with_path(lambda path, _, key=key: state_of[key](path), specs) for key in "mv"}
     mine["masters"] = {path: master(path) for path, p in parts.items() if p.spec.dtype is None}
     return tree_map_with_path(lambda path, _: slices(params, "box")(path), specs), mine
 
@@ -88,16 +90,44 @@ def bits(tree):
     return {path: (str(leaf.dtype), host(leaf).tobytes(), tuple(leaf.shape)) for path, leaf in paths(tree)}
 
 
-def save(run, step, name, params, state):
-    """A checkpoint of a layout, all its ranks played by this process."""
+def together(size, work):
+    """work(rank, gather) of all ranks at once, a thread each; what they return, or the exceptions that ended them."""
+    barrier, numbers = threading.Barrier(size, timeout=60), np.zeros(size)
+
+    def rank(i):
+        def gather(number):
+            numbers[i] = number
+            barrier.wait()
+            found = numbers.copy()
+            barrier.wait()
+            return found
+
+        try:
+            return work(i, gather)
+        except Exception as error:  # returned
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(rank, range(size)))
+
+
+def save(run, step, name, params, state, node=None):
+    """A checkpoint of a layout, all its ranks played by this process; node: as many ranks share a folder of their own."""
     if LAYOUTS[name] is None:
         return training.save_training(run, step, params, state, META, cfg=CFG)
-    target, ranks = run / "checkpoints" / f"step_{step:08d}", placements(name)
-    sharded.prepare(target)
-    for place in reversed(ranks):
-        sharded.write_part(target, *cut(params, state, place), cfg=CFG, placement=place)
-    sharded.commit(target, step, *cut(params, state, ranks[-1]), META, cfg=CFG, placement=ranks[-1])
-    return target
+    ranks = placements(name)
+    node = node or len(ranks)
+
+    def work(i, gather):
+        home = run if node == len(ranks) else run / f"node{i // node}"
+        return sharded.save_sharded(home, step, *cut(params, state, ranks[i]), META, cfg=CFG, placement=ranks[i], gather=gather,
+                                    node=node, leads=i % node == 0, keep=2)
+
+    found = together(len(ranks), work)
+    for error in found:
+        if isinstance(error, Exception):
+            raise error
+    return found[0]
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +151,152 @@ def test_every_layout_reads_what_every_other_wrote(saved, name):
         for (ours, moments, meta, cfg), (weights, theirs) in zip(found, wanted, strict=True):
             assert (bits(ours), bits(moments)) == (weights, theirs)
             assert cfg == CFG and meta == META | {"step": 12}
+
+
+def test_any_reader_of_weights_takes_a_sharded_checkpoint(saved, tmp_path):
+    params, _, folders = saved
+    for name in ("one device", "dp2 tp2 ep2 ZeRO-1", "tp2 pp2, uneven"):
+        path = folders[name]
+        assert formats.detect(path) == "own" and bits(own.load(path)[0]) == bits(params)
+        source = formats.open_checkpoint(path)
+        assert dict(formats.describe(source))["layout"] == "own"
+        convert.convert(source, formats.make_target(source, "hf"), tmp_path / name, progress=False)
+    one, *others = [{file.name: file.read_bytes() for file in place.glob("model*")} for place in sorted(tmp_path.iterdir())]
+    assert one and len(others) == 2 and all(other == one for other in others)
+
+
+def test_a_rank_reads_only_the_files_that_hold_its_slices(saved, tmp_path):
+    params, state, folders = saved
+    path, ranks = tmp_path / "step_00000012", placements("tp2 pp2, uneven")
+    shutil.copytree(folders["tp2 pp2, uneven"], path)
+    for rank in (2, 3):  # the last stage
+        for stem in training.STEMS:
+            (path / sharded.file_name(stem, rank)).unlink()
+    for place in ranks[:2]:
+        assert [bits(tree) for tree in sharded.load_sharded(path, place)[:2]] == [bits(tree) for tree in cut(params, state, place)]
+    for place in ranks[2:]:
+        with pytest.raises(FileNotFoundError, match="rank-0000[23].*copy the nodes' step_00000012 folders together"):
+            sharded.load_sharded(path, place)
+
+
+@pytest.mark.parametrize("name, node", [("dp2 tp2 ep2 ZeRO-1", 2), ("dp2 pp2 vpp2 ZeRO-1", 2)])
+def test_without_a_shared_file_system_every_node_reads_what_its_ranks_wrote(saved, tmp_path, name, node):
+    params, state, folders = saved
+    ranks = placements(name)
+    save(tmp_path, 12, name, params, state, node)
+    homes = [tmp_path / f"node{i}" for i in range(len(ranks) // node)]
+
+    def work(i, gather):
+        found = sharded.latest_sharded(homes[i // node], placement=ranks[i], gather=gather, share=(i % node, node))
+        return [bits(tree) for tree in sharded.load_sharded(found, ranks[i])[:2]]
+
+    for place, found in zip(ranks, together(len(ranks), work), strict=True):
+        assert found == [bits(tree) for tree in cut(params, state, place)]
+    step = homes[0] / "checkpoints" / "step_00000012"
+    assert training.latest_training(homes[0]) is None  # one device needs them all
+    for other in homes[1:]:
+        shutil.copytree(other / "checkpoints" / "step_00000012", step, dirs_exist_ok=True)
+    whole_params, whole_state, *_ = training.load_training(training.latest_training(homes[0]))
+    assert (bits(whole_params), bits(whole_state)) == (bits(params), bits(state))
+
+
+def test_killed_anywhere_in_a_save_the_last_checkpoint_is_whole(saved, tmp_path, monkeypatch):
+    params, state, _ = saved
+    name = "tp2"
+    ranks = placements(name)
+    save(tmp_path, 12, name, params, state)
+    newer, newer_state = whole(1)
+    points = []
+
+    def dying(function, when):
+        def call(*args, **kwargs):
+            points.append(function.__name__)
+            if len(points) == when:
+                raise OSError("killed")
+            return function(*args, **kwargs)
+
+        return call
+
+    def latest(i, gather):
+        return sharded.latest_sharded(tmp_path, placement=ranks[i], gather=gather, share=(i, len(ranks)))
+
+    when = 0
+    while True:
+        when += 1
+        points.clear()
+        with monkeypatch.context() as patch:
+            for module, function in ((sharded.safetensors_io, "create"), (sharded.safetensors_io, "finish"),
+                                     (sharded.folder, "write_text"), (sharded.folder, "write_manifest"),
+                                     (sharded.folder, "settle")):
+                patch.setattr(module, function, dying(getattr(module, function), when))
+            try:
+                save(tmp_path, 13, name, newer, newer_state)
+            except OSError as error:
+                assert "killed" in str(error) or "failed on rank" in str(error)
+            else:
+                break
+        for found in together(len(ranks), latest):
+            assert found.name == "step_00000012"
+        loaded = training.load_training(training.latest_training(tmp_path))
+        assert bits(loaded[0]) == bits(params)
+    assert when > 12
+    for found in together(len(ranks), latest):
+        assert found.name == "step_00000013"
+    assert bits(training.load_training(found)[0]) == bits(newer)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000012", "step_00000013"]
+    save(tmp_path, 14, name, params, state)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000013", "step_00000014"]
+
+
+def test_a_damaged_checkpoint_is_skipped_by_all_ranks_together(saved, tmp_path):
+    params, state, folders = saved
+    ranks = placements("dp2")
+    shutil.copytree(folders["tp2"], tmp_path / "checkpoints" / "step_00000012")
+    last = tmp_path / "checkpoints" / "step_00000013"
+    shutil.copytree(folders["tp2"], last)
+    file = last / sharded.file_name("optimizer", 1)
+    text = bytearray(file.read_bytes())
+    text[-5] ^= 1
+    file.write_bytes(text)
+
+    def latest(i, gather):
+        return sharded.latest_sharded(tmp_path, placement=ranks[i], gather=gather, share=(i, len(ranks)))
+
+    with pytest.warns(UserWarning, match="CRC-32"):
+        assert [found.name for found in together(2, latest)] == ["step_00000012"] * 2
+    (tmp_path / "checkpoints" / "step_00000012" / "model.pieces.json").unlink()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no checkpoint that every rank can read"):
+        raise together(2, latest)[0]
+
+
+def test_an_index_that_leaves_a_gap_or_names_another_type_is_refused(saved, tmp_path):
+    path = tmp_path / "step_00000012"
+    shutil.copytree(saved[2]["tp2"], path)
+    index = path / "model.pieces.json"
+    good = json.loads(index.read_text())
+    for change, words in (((0, 40), "do not cover its shape"), ("F32", "says")):
+        content = json.loads(index.read_text())
+        if change == "F32":
+            content["pieces"]["head"]["dtype"] = change
+        else:
+            content["pieces"]["head"]["pieces"][sharded.file_name("model", 0)][1] = list(change)
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=words):
+            sharded.load_sharded(path, placements("tp2")[0])
+        index.write_text(json.dumps(good))
+
+
+def test_slices_of_another_shape_are_refused(saved, tmp_path):
+    params, state, _ = saved
+    place = placements("tp2")[0]
+    mine = cut(params, state, place)
+    with pytest.raises(ValueError, match=r"params: head has shape \(64, 128\); this rank's slice"):
+        sharded.save_sharded(tmp_path, 1, mine[0] | {"head": params["head"]}, mine[1], META, cfg=CFG, placement=place,
+                             gather=lambda number: np.array([number]), node=2, leads=True)
+
+
+def test_drawn_slices_are_those_of_init():
+    wanted = dsv3.init(CFG, 5, "bfloat16")
+    for name in ("dp2 tp2 ep2 ZeRO-1", "dp2 pp2 vpp2 ZeRO-1"):
+        for place in placements(name):
+            assert bits(sharded.draw_part(CFG, place, 5, "bfloat16")) == bits(cut(wanted, whole(0)[1], place)[0])

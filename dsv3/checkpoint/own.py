@@ -140,7 +140,7 @@ def open_own(path: str | Path) -> Source:
     files: dict[str, list] = {}
     if isinstance(opened, shards.Pieces):
         for name, held in tensors_by_leaf(cfg).items():
-            for file, box in opened.home[name][1].items():
+            for file, box in opened.pieces(name).items():
                 files.setdefault(file, []).append(own_tensor(name, held, box))
         by_name = {file: opened.file(file) for file in files}
     else:

@@ -2,9 +2,9 @@
 
 The folder is that of ``training``, with two differences: the tensors lie in pieces, ``model-rank-00003.safetensors`` and
 ``optimizer-rank-00003.safetensors`` with what rank 3 writes, and ``model.pieces.json`` says which box of which leaf is where.
-Of ranks with copies of a part one writes. What lies where follows from mesh, rules and pipeline alone, so that the index
-needs no communication. Folders of nodes without a shared file system have the same index and other pieces; copied into
-one, they are the whole checkpoint.
+Of ranks with copies of a part the first one writes; without a shared file system the first one on each node does, so that
+every node can read again what its ranks wrote. What lies where follows from mesh, rules and pipeline alone, so that the
+index needs no communication: the nodes' folders have the same index and, copied into one, are the whole checkpoint.
 """
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ from mindspore import Tensor
 
 from ..config import Config
 from ..model import param_specs
-from ..parallel.mesh import expand
-from ..parallel.rules import layout, local_slices, state_shards
-from ..parallel.shard import STAGE_AXES, Placement
-from ..parallel.stages import held, owns_embedding
+from ..parallel.rules import local_slices
+from ..parallel.shard import Placement
+from ..parallel.stages import held
 from ..spec import ParamSpec, draw, is_spec
 from ..tree import flatten, paths, tree_map_with_path
 from . import folder, leaves, own, safetensors_io, shards, training
@@ -38,35 +37,26 @@ Gather = Callable[[float], np.ndarray]  # every rank gives a number and gets tho
 
 @dataclass(frozen=True)
 class Part:
-    """A rank's part of a leaf: the leaf's name in the whole model, its path in the rank's tree, the boxes of the param and of
-    the optimiser's state that the rank holds, and whether it is the one that writes them."""
+    """A rank's part of a leaf: the leaf's name in the whole model, its path in the rank's tree, and the boxes of the param and
+    of the optimiser's state that the rank holds."""
 
     leaf: str
     path: str
     spec: ParamSpec
     box: Box
     state_box: Box
-    writes: bool
-    writes_state: bool
 
 
 def parts(cfg: Config, placement: Placement) -> tuple[Part, ...]:
     """What one rank holds, in the order of its tree."""
     mesh, rules, coords = placement.mesh, placement.rules, placement.mesh.coords(placement.rank)
     specs, names = held(cfg, placement)
-    out = []
-    for (path, spec), leaf in zip(paths(specs, is_spec), names):
-        cut = {axis for dim in layout(spec, mesh, rules, leaf) for axis in dim}
-        copies = [axis for axis in STAGE_AXES if axis not in cut]
-        sharing = [axis for axis in expand(rules.zero_axes) if axis in copies]
-        counts = leaf != "embed" or owns_embedding(cfg, placement)
-        first = all(coords[axis] == 0 for axis in copies if axis not in sharing)
-        part = mesh.index(coords, sharing)
-        box, state_box = (tuple((s.start, s.stop) for s in local_slices(spec, mesh, rules, coords, leaf, state=state))
-                          for state in (False, True))
-        out.append(Part(leaf, path, spec, box, state_box, counts and first and part == 0,
-                        counts and first and part < state_shards(spec, mesh, rules, leaf)))
-    return tuple(out)
+
+    def box(spec: ParamSpec, leaf: str, state: bool) -> Box:
+        return tuple((s.start, s.stop) for s in local_slices(spec, mesh, rules, coords, leaf, state=state))
+
+    return tuple(Part(leaf, path, spec, box(spec, leaf, False), box(spec, leaf, True))
+                 for (path, spec), leaf in zip(paths(specs, is_spec), names))
 
 
 def draw_part(cfg: Config, placement: Placement, seed: int, dtype: str) -> Any:
@@ -125,22 +115,27 @@ def _outline(groups: tuple[Group, ...], cfg: Config) -> Any:
 
 
 @functools.lru_cache(maxsize=2)
-def layouts(cfg: Config, placement: Placement, dtype: str, groups: tuple[Group, ...]) -> dict[str, dict]:
-    """{stem: ``Pieces.home``} of a checkpoint of the whole mesh. placement: of any of its ranks; dtype: the params' file type."""
+def layouts(cfg: Config, placement: Placement, dtype: str, groups: tuple[Group, ...], node: int) -> dict[str, dict]:
+    """{stem: ``Pieces.home``} of a checkpoint of the whole mesh: who writes what.
+
+    placement: of any of its ranks; dtype: file type of the params; node: ranks that share a file system, consecutive ones.
+    """
     home: dict[str, dict] = {stem: {} for stem in training.STEMS}
+    written = set()
 
     def add(stem: str, rank: int, slot: Slot, box: Box) -> None:
-        home[stem].setdefault(slot.name, (slot, {}))[1][file_name(stem, rank)] = box
+        if (rank // node, slot.name, box) not in written:
+            written.add((rank // node, slot.name, box))
+            home[stem].setdefault(slot.name, (slot, {}))[1][file_name(stem, rank)] = box
 
-    for group in groups:
-        if group.kind == "leaf":
-            add("optimizer", 0, Slot(group.key, group.dtype, group.shape), tuple((0, n) for n in group.shape))
     for rank in range(placement.mesh.size):
+        for group in groups:
+            if group.kind == "leaf":
+                add("optimizer", rank, Slot(group.key, group.dtype, group.shape), tuple((0, n) for n in group.shape))
         for p in parts(cfg, dataclasses.replace(placement, rank=rank)):
-            if p.writes:
-                add("model", rank, Slot(p.leaf, leaves.FLOATS.get(p.spec.dtype, dtype), p.spec.shape), p.box)
+            add("model", rank, Slot(p.leaf, leaves.FLOATS.get(p.spec.dtype, dtype), p.spec.shape), p.box)
             for group in groups:
-                if p.writes_state and (group.kind == "tree" or group.kind == "masters" and p.spec.dtype is None):
+                if group.kind == "tree" or group.kind == "masters" and p.spec.dtype is None:
                     add("optimizer", rank, Slot(f"{group.key}.{p.leaf}", group.dtype, p.spec.shape), p.state_box)
     return home
 
@@ -152,18 +147,25 @@ def file_name(stem: str, rank: int) -> str:
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 def save_sharded(run_dir: str | Path, step: int, params: Any, opt_state: dict[str, Any], meta: dict[str, Any], *, cfg: Config,
-                 placement: Placement, gather: Gather, leads: bool, keep: int = 3) -> Path:
+                 placement: Placement, gather: Gather, node: int, leads: bool, keep: int = 3) -> Path:
     """Write ``run_dir/checkpoints/step_00000120`` together with all other ranks; returns its path.
 
-    params, opt_state: this rank's slices. meta: as for ``save_training``, the same on all ranks. leads: one rank of those that
-    share the folder makes it, names it when all ranks have written, and deletes all but the newest ``keep`` when every folder
-    has its name; until then the older checkpoints are whole. When a rank fails, all raise.
+    params, opt_state: this rank's slices. meta: as for ``save_training``. node: how many consecutive ranks share the folder;
+    leads: one of them makes it, names it when all ranks of the mesh have written, and deletes all but the newest ``keep`` when
+    every folder has its name; until then the older checkpoints are whole. When a rank fails, all raise.
     """
     target = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+    held_parts = parts(cfg, placement)
+    dtype = leaves.dtype_of(next(leaf for (_, leaf), p in zip(paths(params), held_parts) if p.spec.dtype is None), "params")
+    groups = groups_of(opt_state, held_parts)
+    home = layouts(cfg, dataclasses.replace(placement, rank=0), dtype, groups, node)
+    named = next(name for name, kind in leaves.FLOATS.items() if kind == dtype)
+    texts = {own.CONFIG: own.config_text(cfg, named), training.TRAINING: training.description(step, meta, _outline(groups, cfg))}
+    about = {"mesh": str(placement.mesh), "ranks": str(placement.mesh.size)}
+
     together(gather, lambda: prepare(target) if leads else None, "making the folder of the checkpoint")
-    together(gather, lambda: write_part(target, params, opt_state, cfg=cfg, placement=placement), "writing the checkpoint")
-    together(gather, lambda: commit(target, step, params, opt_state, meta, cfg=cfg, placement=placement) if leads else None,
-             "completing the checkpoint")
+    together(gather, lambda: write_part(target, params, opt_state, home, held_parts, placement.rank), "writing the checkpoint")
+    together(gather, lambda: commit(target, texts, home, about) if leads else None, "completing the checkpoint")
     if leads:
         training.keep_newest(target.parent, target.name, keep)
     return target
@@ -198,60 +200,54 @@ def prepare(target: Path) -> None:
     temporary(target).mkdir()
 
 
-def write_part(target: Path, params: Any, opt_state: dict[str, Any], *, cfg: Config, placement: Placement) -> None:
-    """Write and sync what this rank is the writer of, and its part of the manifest. Raises ValueError for wrong shapes."""
-    held_parts, rank, new = parts(cfg, placement), placement.rank, temporary(target)
-    found, files = dict(paths(params)), {}
+def write_part(target: Path, params: Any, opt_state: dict[str, Any], home: dict[str, dict], held_parts: tuple[Part, ...],
+               rank: int) -> None:
+    """Write and sync what ``home`` gives this rank to write, and its part of the manifest. ValueError for wrong shapes."""
+    found = dict(paths(params))
     leaves.check_names("params do not fit the stage", found, [p.path for p in held_parts])
-    tensors: dict[str, dict[str, Any]] = {stem: {} for stem in training.STEMS}
+    mine: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
+    for p in held_parts:
+        mine["model"][p.leaf] = _checked(f"params: {p.path}", found[p.path], p.box)
     for group in groups_of(opt_state, held_parts):
-        key, entry = group.key, opt_state[group.key]
-        state = entry if group.kind == "masters" else dict(paths(entry)) if group.kind == "tree" else {}
-        if group.kind == "leaf" and rank == 0:
-            tensors["optimizer"][key] = entry
+        entry = opt_state[group.key]
+        state = {} if group.kind == "leaf" else entry if group.kind == "masters" else dict(paths(entry))
+        if group.kind == "leaf":
+            mine["optimizer"][group.key] = entry
         for p in held_parts:
             if p.path in state:
-                _check_shape(f"opt_state[{key!r}]: {p.path}", state[p.path], p.state_box)
-                if p.writes_state:
-                    tensors["optimizer"][f"{key}.{p.leaf}"] = state[p.path]
-    for p in held_parts:
-        _check_shape(f"params: {p.path}", found[p.path], p.box)
-        if p.writes:
-            tensors["model"][p.leaf] = found[p.path]
-    for stem, named in tensors.items():
-        if named:
-            files[file_name(stem, rank)] = named
-    for file, named in files.items():
-        slots = [Slot(name, leaves.dtype_of(x, name), tuple(x.shape)) for name, x in named.items()]
+                where = f"opt_state[{group.key!r}]: {p.path}"
+                mine["optimizer"][f"{group.key}.{p.leaf}"] = _checked(where, state[p.path], p.state_box)
+    new, files = temporary(target), []
+    for stem, tensors in mine.items():
+        file = file_name(stem, rank)
+        named = {name: leaf for name, leaf in tensors.items() if file in home[stem][name][1]}
+        if not named:
+            continue
+        slots = [Slot(name, leaves.dtype_of(leaf, name), tuple(leaf.shape)) for name, leaf in named.items()]
         writer = safetensors_io.create(new / file, slots, {"format": own.MARKER})
         with writer.file:
             for name, leaf in named.items():  # one leaf on the host at a time
                 safetensors_io.write(writer, name, leaves.host(leaf))
             safetensors_io.finish(writer)
+        files.append(file)
     if files:
         folder.write_manifest(new, files, part=f"rank-{rank:05d}")
         folder.sync(new / f"manifest-rank-{rank:05d}.json")
 
 
-def _check_shape(where: str, leaf: Any, box: Box) -> None:
+def _checked(where: str, leaf: Any, box: Box) -> Any:
     if tuple(leaf.shape) != extents(box):
         raise ValueError(f"{where} has shape {tuple(leaf.shape)}; this rank's slice {list(box)} has {extents(box)}")
+    return leaf
 
 
-def commit(target: Path, step: int, params: Any, opt_state: dict[str, Any], meta: dict[str, Any], *, cfg: Config,
-           placement: Placement) -> None:
+def commit(target: Path, texts: dict[str, str], home: dict[str, dict], about: dict[str, str]) -> None:
     """Write the common files and the manifest, and give the folder its name. All ranks must have written.
 
     Raises FileNotFoundError when a file that a rank of this folder listed is not there.
     """
-    new, held_parts, found = temporary(target), parts(cfg, placement), dict(paths(params))
-    groups = groups_of(opt_state, held_parts)
-    dtype = leaves.dtype_of(next(found[p.path] for p in held_parts if p.spec.dtype is None), "params")
-    named = next(name for name, kind in leaves.FLOATS.items() if kind == dtype)
-    about = {"mesh": str(placement.mesh), "ranks": str(placement.mesh.size)}
-    texts = {own.CONFIG: own.config_text(cfg, named), training.TRAINING: training.description(step, meta, _outline(groups, cfg))}
-    for stem, home in layouts(cfg, dataclasses.replace(placement, rank=0), dtype, groups).items():
-        texts[f"{stem}.pieces.json"] = shards.pieces_index(home, about)
+    new = temporary(target)
+    texts = texts | {f"{stem}.pieces.json": shards.pieces_index(held_by, about) for stem, held_by in home.items()}
     for name, text in texts.items():
         folder.write_text(new / name, text)
     folder.write_manifest(new, texts)
@@ -304,14 +300,13 @@ def _needed(path: Path, stem: str, cfg: Config, placement: Placement) -> set[str
     """The files with this rank's slices."""
     if not (path / f"{stem}.pieces.json").is_file():
         return set(shards.files_of(path, stem))
+    opened = shards.open_pieces(path, stem)
     mine = {p.leaf: p.box if stem == "model" else p.state_box for p in parts(cfg, placement)}
     out = set()
-    for name, (slot, pieces) in shards.open_pieces(path, stem).home.items():
-        leaf = name if stem == "model" else name.partition(".")[2]
-        box = mine.get(leaf) if leaf else tuple((0, n) for n in slot.shape)
-        for file, there in pieces.items() if box is not None else ():
-            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, there)):
-                out.add(file)
+    for name in opened.home:
+        leaf = name if stem == "model" else name.partition(".")[2]  # a name without a dot: one value for all
+        if not leaf or leaf in mine:
+            out.update(opened.pieces(name, mine.get(leaf)))
     return out
 
 

@@ -128,7 +128,7 @@ class Shards:
 class Pieces:
     """Tensors that lie in pieces over several files, each piece under the tensor's name: {name: (the whole one, {file: box})}.
 
-    Files are opened when something in them is read: a rank opens those that hold its own slices.
+    Several files may have the same piece; one that is there is taken. Files are opened when something in them is read.
     """
 
     folder: Path
@@ -143,19 +143,27 @@ class Pieces:
         """A tensor, for an error."""
         return f"{self.folder}: tensor {name!r}"
 
+    def pieces(self, name: str, box: Box | None = None) -> dict[str, Box]:
+        """{file: its box} of what makes up a tensor, or a box of it."""
+        slot, held = self.home[name]
+        box = tuple((0, n) for n in slot.shape) if box is None else box
+        chosen: dict[Box, str] = {}
+        for file, there in held.items():
+            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, there)) and (
+                    there not in chosen or not (self.folder / chosen[there]).is_file()):
+                chosen[there] = file
+        return {file: there for there, file in chosen.items()}
+
     def read(self, name: str, box: Box | None = None) -> np.ndarray:
         """A tensor, or a box of it: a read-only view where one piece holds it all. Only these bytes are read."""
-        slot, pieces = self.home[name]
-        box = tuple((0, n) for n in slot.shape) if box is None else box
-        wanted, out = extents(box), None
-        for file, held in pieces.items():
+        box = tuple((0, n) for n in self.slot(name).shape) if box is None else box
+        out = None
+        for file, held in self.pieces(name, box).items():
             common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, held))
-            if any(low >= high for low, high in common):
-                continue
             part = safetensors_io.read(self.file(file), name)[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, held))]
-            if part.shape == wanted:
+            if part.shape == extents(box):
                 return part
-            out = np.empty(wanted, part.dtype) if out is None else out
+            out = np.empty(extents(box), part.dtype) if out is None else out
             out[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box))] = part
         return out
 
@@ -238,8 +246,8 @@ def open_pieces(folder: Path, stem: str) -> Pieces:
             raise ValueError(f"{path}: {name!r} has the unknown dtype {entry['dtype']!r}")
         held = {file: tuple((start, stop) for start, stop in box) for file, box in entry["pieces"].items()}
         inside = all(len(box) == len(shape) and all(0 <= a < b <= n for (a, b), n in zip(box, shape)) for box in held.values())
-        covered = sum(math.prod(extents(box)) for box in held.values())
-        if not inside or len(set(held.values())) < len(held) or covered != math.prod(shape):
+        covered = sum(math.prod(extents(box)) for box in set(held.values()))
+        if not inside or covered != math.prod(shape):
             raise ValueError(f"{path}: the pieces of {name!r} do not cover its shape {list(shape)} once")
         if any(Path(file).name != file for file in held):
             raise ValueError(f"{path}: {name!r} names a file outside the folder")
@@ -251,6 +259,9 @@ def open_pieces(folder: Path, stem: str) -> Pieces:
 
     @functools.cache
     def opened(file: str) -> File:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file}: no such file; without a shared file system it lies on the node whose "
+                                    f"ranks wrote it: copy the nodes' {folder.name} folders together")
         found = safetensors_io.open_file(folder / file)
         there = {name: (slot.dtype, slot.shape) for name, slot in found.slots.items()}
         for name in sorted(there.keys() | wanted[file].keys()):
@@ -264,5 +275,6 @@ def open_pieces(folder: Path, stem: str) -> Pieces:
 def files_of(folder: Path, stem: str = "model") -> list[str]:
     """The files that an index names."""
     if (folder / f"{stem}.pieces.json").is_file():
-        return sorted({file for _, held in open_pieces(folder, stem).home.values() for file in held})
+        opened = open_pieces(folder, stem)
+        return sorted({file for name in opened.home for file in opened.pieces(name)})
     return sorted(set(index_files(folder, stem).values()))

@@ -4,7 +4,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +103,10 @@ def describe(world: Any, placement: Any, params: Any) -> str:
     """Where this process is and what it holds."""
     from ..tree import size
 
-    return "" if placement is None else f"; rank {world.rank} of {world.size}, mesh {placement.mesh}, holds {size(params):,}"
+    if placement is None:
+        return ""
+    return (f"; rank {world.rank} of {world.size} (process {os.getpid()} on {socket.gethostname()}), mesh {placement.mesh}, "
+            f"holds {size(params):,}")
 
 
 def fresh(placement: Any, cfg: Any, optimizer: Any, seed: int, dtype: str) -> tuple[Any, dict]:
@@ -137,7 +142,7 @@ def save(world: Any, placement: Any, out: Path, step: int, params: Any, opt_stat
         training.save_training(out, step, params, opt_state, meta, cfg=cfg, keep=keep)
     else:
         sharded.save_sharded(out, step, params, opt_state, meta, cfg=cfg, placement=placement, gather=world.gather,
-                             leads=world.leads, keep=keep)
+                             node=world.size if world.shared else world.local_size, leads=world.leads, keep=keep)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------

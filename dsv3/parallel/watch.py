@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, start again
 KEEPALIVE = (10, 5, 3)  # seconds of silence before a probe, between probes, probes that may fail
-GRACE = 1.0  # seconds that rank 0 leaves the others to print the message too
+GRACE = 1.0  # seconds between the message and the end, in which the others get it too
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Watch:
 def die(message: str) -> None:
     """Say it on standard error and end the process at once: the main thread may be inside of a collective for ever."""
     print(message, file=sys.stderr, flush=True)
+    time.sleep(GRACE)
     os._exit(LOST)
 
 
@@ -132,7 +133,6 @@ def serve(server: socket.socket, size: int, stalled: float, lost: Callable[[str]
                 missing = f"nothing has happened for {quiet:.0f} s ({where(doing)})"
             if missing and not closing.is_set():
                 tell(ranks, missing)
-                time.sleep(GRACE)
                 lost(f"rank 0: {missing}; ending with code {LOST}, the same command goes on from the last checkpoint")
                 return
         tell(ranks, "")

@@ -1,0 +1,214 @@
+"""Launch: the watch over the ranks, mistakes refused in one line, and real processes that train, lose one, and go on elsewhere.
+
+Planted faults this file was seen to catch: see the list at its end.
+"""
+import json
+import os
+import queue
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsv3.config import TINY
+from dsv3.parallel import launch, watch
+from dsv3.parallel.mesh import Mesh
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 6
+
+
+# -- the watch ---------------------------------------------------------------------------------------------------------
+def watched(size, stalled=60.0):
+    """(watches of all ranks, a queue of what each hears of a loss)."""
+    heard, server = queue.Queue(), watch.listen()
+    address = ("127.0.0.1", server.getsockname()[1])
+    first = watch.serve(server, size, stalled, lost=lambda text: heard.put((0, text)))
+    others = [watch.join(rank, address, lost=lambda text, rank=rank: heard.put((rank, text))) for rank in range(1, size)]
+    return [first, *others], heard
+
+
+def die_in(address, rank):
+    """A process that joins as a rank and is killed."""
+    code = (f"import time; from dsv3.parallel import watch; w = watch.join({rank}, {address!r}); w.at('step 7'); "
+            f"print(1, flush=True); time.sleep(99)")
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    child.stdout.readline()
+    child.kill()
+    child.wait()
+
+
+def test_a_rank_that_is_killed_is_named_to_all_others_at_once():
+    heard, server = queue.Queue(), watch.listen()
+    address = ("127.0.0.1", server.getsockname()[1])
+    first = watch.serve(server, 4, 60.0, lost=lambda text: heard.put((0, text)))
+    others = [watch.join(rank, address, lost=lambda text, rank=rank: heard.put((rank, text))) for rank in (1, 2)]
+    for one in (first, *others):
+        one.at("step 8")
+    die_in(address, 3)
+    began, found = time.monotonic(), dict(heard.get(timeout=30) for _ in range(3))
+    assert found.keys() == {0, 1, 2} and time.monotonic() - began < 10
+    for rank, text in found.items():
+        assert text.startswith(f"rank {rank}: rank 3 has ended") and "rank 3: step 7; ranks 0, 1, 2: step 8" in text
+
+
+def test_the_end_of_rank_0_is_noticed_and_a_normal_end_is_not():
+    (first, second, third), heard = watched(3)
+    second.at("step 1")
+    second.close()
+    third.close()
+    first.close()
+    with pytest.raises(queue.Empty):
+        heard.get(timeout=1.5)
+    server = watch.listen()
+    joined = watch.join(1, ("127.0.0.1", server.getsockname()[1]), lost=lambda text: heard.put((1, text)))
+    server.setblocking(True)
+    connection, _ = server.accept()
+    connection.close()
+    assert "rank 0 has ended" in heard.get(timeout=10)[1]
+    joined.at("step 2")  # must not raise
+    server.close()
+
+
+def test_a_run_that_stands_still_is_ended_and_says_who_is_behind():
+    (first, second, third), heard = watched(3, stalled=2.0)
+    for one in (first, third):
+        one.at("step 5")
+    second.at("waiting for data")
+    found = dict(heard.get(timeout=30) for _ in range(3))
+    assert found.keys() == {0, 1, 2} and all("rank 1: waiting for data; ranks 0, 2: step 5" in text for text in found.values())
+
+
+# -- real processes ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A config, a text, and a run on one device that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("runs")
+    cfg = TINY.replace(vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+                       moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4,
+                       v_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, bos_token_id=None, eos_token_id=None)
+    (folder / "config.json").write_text(json.dumps(cfg.to_hf()))
+    rng = random.Random(0)
+    words = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix potions".split()
+    (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(600)))
+    done = subprocess.run(command("whole"), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def command(out, *more):
+    return ["python", "-m", "dsv3", "train", "--config", "config.json", "--data", "text.txt", "--tokenizer", "byte", "--out", out,
+            "--steps", str(STEPS), "--batch-size", "4", "--seq-length", "16", "--warmup", "2", "--save-every", "1",
+            "--eval-every", str(STEPS), "--eval-batches", "1", "--prompt", "", "--quiet", *more]
+
+
+def environment(folder, **more):
+    return os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))} | more
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def ranks(folder, arguments, count, started, **more):
+    """(scheduler, workers): what msrun does, but without its killing of the other ranks when one ends."""
+    shared = dict(MS_WORKER_NUM=str(count), MS_SCHED_HOST="127.0.0.1", MS_SCHED_PORT=free_port(), **more)
+    roles = [dict(MS_ROLE="MS_SCHED"), *(dict(MS_ROLE="MS_WORKER", MS_NODE_ID=str(i), DEVICE_ID=str(i)) for i in range(started))]
+    processes = []
+    for i, role in enumerate(roles):
+        with open(folder / f"{'scheduler' if i == 0 else f'rank_{i - 1}'}.log", "w") as log:
+            processes.append(subprocess.Popen(arguments, cwd=folder, env=environment(folder, **shared, **role), stdout=log,
+                                              stderr=subprocess.STDOUT))
+    return processes[0], processes[1:]
+
+
+def wait_for(condition, seconds, processes=()):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline and all(p.poll() is None for p in processes):
+        time.sleep(0.05)
+    return condition()
+
+
+def log_of(run):
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on_under_another_mesh(home):
+    out = home / "broken"
+    scheduler, workers = ranks(home, command("broken", "--mesh", "data=2"), 2, 2)
+    try:
+        assert wait_for(lambda: len(log_of(out)) >= 2, 300, workers), (home / "rank_0.log").read_text()[-3000:]
+        workers[1].kill()
+        assert workers[0].wait(timeout=60) == watch.LOST
+    finally:
+        for process in (*workers, scheduler):
+            process.kill()
+            process.wait()
+    text = (home / "rank_0.log").read_text()
+    assert "rank 0: rank 1 has ended" in text and "step" in text.split("rank 1 has ended")[1], text[-2000:]
+
+    arguments = command("broken", "--mesh", "model=2")  # every rank tells its process; one of them is told to stop
+    msrun = shutil.which("msrun", path=environment(home)["PATH"])
+    process = subprocess.Popen([msrun, "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}", "--join=True",
+                                f"--log_dir={home / 'logs'}", *arguments], cwd=home, env=environment(home),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = len(log_of(out))
+    second = home / "logs" / "worker_1.log"
+    assert wait_for(lambda: second.exists() and "(process " in second.read_text(), 300, [process])
+    assert wait_for(lambda: "rank 1: step" in second.read_text(), 300, [process])
+    os.kill(int(second.read_text().split("(process ")[1].split()[0]), signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    for rank in range(2):
+        text = (home / "logs" / f"worker_{rank}.log").read_text()
+        assert "resuming" in text and "mesh model=2" in text and "stopped by SIGTERM" in text
+    saved = sorted((out / "checkpoints").iterdir())[-1]
+    assert 0 < int(saved.name[5:]) < STEPS and int(saved.name[5:]) == max(r["step"] for r in log_of(out)) > 0 and done
+
+    last = subprocess.run(command("broken"), cwd=home, env=environment(home), capture_output=True, text=True, timeout=600)
+    assert last.returncode == 0, last.stderr[-3000:]
+    ours, whole = log_of(out), log_of(home / "whole")
+    assert [r["step"] for r in ours] == [r["step"] for r in whole] and len(whole) == STEPS + 1
+    for a, b in zip(ours, whole):
+        for key in b.keys() - {"seconds"}:
+            assert a[key] == pytest.approx(b[key], rel=3e-6, abs=1e-9), (a["step"], key)
+
+
+def test_a_rank_that_never_comes_ends_in_a_message(home):
+    scheduler, workers = ranks(home, command("alone", "--mesh", "data=2"), 2, 1, MS_TOPO_TIMEOUT="3")
+    try:
+        assert workers[0].wait(timeout=200) == 1
+    finally:
+        for process in (*workers, scheduler):
+            process.kill()
+            process.wait()
+    lines = [line for line in (home / "rank_0.log").read_text().splitlines() if line.startswith("dsv3 train: ")]
+    assert len(lines) == 1 and "the 2 ranks did not come together" in lines[0] and "--cluster_time_out (3 s)" in lines[0]
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+def test_processes_that_do_not_make_the_mesh_are_refused(monkeypatch):
+    for name in ("MS_ROLE", "RANK_TABLE_FILE", "MS_WORKER_NUM", "RANK_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["dsv3", "train", "--mesh", "data=2,model=4"])
+    mesh = Mesh(data=2, model=4)
+    with pytest.raises(ValueError, match="has 8 ranks, and this is a single process") as caught:
+        launch.check_environment(mesh)
+    assert "msrun --worker_num=8 --local_worker_num=8" in str(caught.value)
+    assert "python -m dsv3 train --mesh data=2,model=4" in str(caught.value)
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.setenv("MS_WORKER_NUM", "4")
+    with pytest.raises(ValueError, match="has 8 ranks, and 4 processes were started"):
+        launch.check_environment(mesh)
+    monkeypatch.setenv("MS_WORKER_NUM", "8")
+    launch.check_environment(mesh)
