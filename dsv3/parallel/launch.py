@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
-from mindspore.communication import get_group_size, get_local_rank, get_local_rank_size, get_rank, init
+from mindspore.communication import get_group_size, get_local_rank, get_rank, init
 
 from . import watch
 from .mesh import Mesh
@@ -23,8 +23,7 @@ from .mesh import Mesh
 # watch; these are for slow ones, and the first step waits for the slowest compilation of all.
 PATIENCE = {
     "MS_NODE_TIMEOUT": "1800",  # a collective of the CPU's; MindSpore's 30 s end a run in which one rank writes a large file
-    "HCCL_CONNECT_TIMEOUT": "1800",  # Ascend, until the connections of a group stand; its 120 s are too few for 671B
-    "HCCL_EXEC_TIMEOUT": "1836",  # Ascend, one collective; its own default
+    "HCCL_CONNECT_TIMEOUT": "1800",  # Ascend, until the connections of a group stand; its own 120 s are too few for 671B
 }
 
 
@@ -97,11 +96,21 @@ def start(mesh: Mesh, *, shared: bool = True, stalled: float = 1800.0) -> World:
         waited = os.environ.get("MS_TOPO_TIMEOUT", "?")
         raise ConnectionError(f"the {mesh.size} ranks did not come together, or not stay so ({reason.strip()}); all nodes must "
                               f"start within --cluster_time_out ({waited} s): see the logs of the nodes that did not") from None
-    rank, size = get_rank(), get_group_size()
-    if size != mesh.size:
-        raise ValueError(f"mesh {mesh} has {mesh.size} ranks, and {size} processes were started")
-    world = World(rank, size, get_local_rank(), get_local_rank_size(), shared, ALONE.watch)
+    if get_group_size() != mesh.size:
+        raise ValueError(f"mesh {mesh} has {mesh.size} ranks, and {get_group_size()} processes were started")
+    world = World(get_rank(), mesh.size, 0, mesh.size, shared, ALONE.watch)
+    world = dataclasses.replace(world, **_on_node(world))
     return dataclasses.replace(world, watch=_watch(world, stalled))
+
+
+def _on_node(world: World) -> dict[str, int]:
+    """local_rank and local_size. Raises ValueError, without a shared file system, for nodes that differ in size or are mixed."""
+    local = world.gather(int(os.environ.get("DEVICE_ID", get_local_rank())))  # msrun numbers the processes of a node
+    size = int(local.max()) + 1
+    if not world.shared and not np.array_equal(local, np.arange(world.size) % size):
+        raise ValueError(f"the ranks have the numbers {local.astype(int).tolist()} on their nodes; without a shared file system "
+                         f"every node must have equally many, one after another: give msrun --node_rank")
+    return {"local_rank": int(local[world.rank]), "local_size": size}
 
 
 def _watch(world: World, stalled: float) -> watch.Watch:
