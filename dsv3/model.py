@@ -100,8 +100,6 @@ def layers(params: tuple, x: Tensor, batch: dict, one_block: Callable, recompute
 @constexpr
 def _recomputes(recompute: Any, layer: int) -> str:
     """How much of a block is computed again in the backward pass: "none", "selective" or "full"."""
-    if isinstance(recompute, str) and recompute != "selective":
-        raise ValueError(f"recompute={recompute!r}; expected True, False, 'selective' or a tuple of layer numbers")
     if isinstance(recompute, str):
         return recompute
     return "full" if (recompute if isinstance(recompute, bool) else layer in recompute) else "none"

@@ -52,6 +52,8 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     forward (``parallel.pipeline``); ``recompute`` then saves memory inside that.
     """
     placement = None
+    if mesh is None and rules is not None:
+        raise ValueError(f"rules={rules!r} without a mesh; give the mesh that they are for, or leave them out")
     if mesh is not None:
         if not isinstance(mesh, Mesh):
             raise ValueError(f"mesh={mesh!r}; expected a dsv3.parallel.Mesh, or None for one device")
@@ -59,6 +61,8 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
         check_schedule(placement.pipeline.schedule, mesh.pipe, placement.pipeline.virtual, accumulate)
     elif pipeline is not None:
         raise ValueError(f"pipeline={pipeline} without a mesh; give mesh=Mesh(pipe=...), or leave it out")
+    if isinstance(recompute, str) and recompute != "selective":
+        raise ValueError(f"recompute={recompute!r}; expected True, False, 'selective' or a tuple of layer numbers")
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}; expected at least 1")
 
@@ -67,7 +71,7 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     def step(params: Any, opt_state: dict, batch: dict) -> tuple[Any, dict, dict]:
         structure = optree.tree_structure((params, "masters" in opt_state))
         if structure not in steps:
-            if placement:
+            if placement is not None:
                 check_state(params, opt_state, held(cfg, placement)[0], placement)
             steps[structure] = _bind(params, loss_of, optimizer, accumulate, cfg, placement, pieces)
         count = int(opt_state["step"].asnumpy())

@@ -105,7 +105,7 @@ def test_zero_levels_divide_what_they_say():
     assert sums(0) == (4 * (2 * whole + bias), 16 * whole, 48 * whole)
     assert sums(1) == (4 * (2 * whole + bias), 16 * whole, 48 * shared)
     assert sums(2) == (4 * (2 * whole + bias), 16 * shared, 48 * shared)
-    assert sums(3) == (4 * (2 * shared + bias // 16), 16 * shared, 48 * shared)
+    assert sums(3) == (4 * (2 * shared + bias), 16 * shared, 48 * shared)
     working = [plan(V3, dataclasses.replace(BIG, rules=make_rules(zero=z))).stages[3].working for z in range(4)]
     assert working[1] == working[0] and working[2] == working[1] + 4 * whole and working[3] == working[2] + 2 * whole + bias
 
@@ -341,7 +341,7 @@ def test_command_lists_every_leaf(capsys):
     assert code == 0 and len(lines) == 84  # of 87; embed, norm and head have no dot
     assert lines["layers.1.experts.w_gate"] == ("16 x 128 x 64 expert, embed, ffn expert, -, model 8 x 128 x 32 "
                                                 "65,536 131,072 393,216 1")
-    assert lines["layers.1.router.bias"] == "16 - - 16 64 0 0 2"
+    assert lines["layers.1.router.bias"] == "16 - - 16 64 0 0 1"  # used and updated whole
     assert lines["layers.0.attn.wq_b"] == "64 x 192 q_lora, heads -, model 64 x 96 12,288 24,576 36,864 2"
 
 

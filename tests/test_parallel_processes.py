@@ -54,8 +54,9 @@ def test_processes_together_make_the_step_of_one_device(tmp_path, layout):
     assert_equal(tmp_path, mesh, cfg, wanted, final)
 
 
-def assert_equal(folder, mesh, cfg, wanted, final, table=make_rules()):
+def assert_equal(folder, mesh, cfg, wanted, final, table=None):
     """Every rank has the metrics and its slices of the params of one device."""
+    table = table or make_rules()
     for rank in range(mesh.size):
         metrics, found = json.loads((folder / f"rank_{rank}.json").read_text()), np.load(folder / f"rank_{rank}.npz")
         for ours, theirs in zip(metrics, wanted):
