@@ -1,25 +1,31 @@
-"""One process of a cluster of CPUs, started by msrun: jobs one after another, a few training steps of each, results to files.
+"""One process of a cluster of CPUs, started by msrun: mixtures of experts on many meshes, results and gradients to files.
 
-    msrun ... experts_worker.py JOBS(JSON) ROWS LENGTH STEPS RATE FOLDER
+    msrun ... experts_worker.py JOBS(JSON) CHANGES(JSON) FOLDER
 
-A job: {"name", "mesh", "rules": arguments of make_rules, "changes": of TINY, "route": a name of ROUTES or null}.
+A job: {"name", "mesh", "rules": arguments of make_rules, "route": a name of ROUTES or null}.
 """
 import json
 import sys
 
 import mindspore as ms
 import numpy as np
-from mindspore import ops
+from mindspore import Tensor, ops
 from mindspore.communication import get_rank, init
 
 import dsv3
 from dsv3.kernels.native import iota
-from dsv3.model import param_specs
+from dsv3.nn.balance import make_balance
+from dsv3.nn.moe import moe, moe_spec
 from dsv3.nn.router import route as default_route
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.rows import gather_seq, own_seq
 from dsv3.parallel.rules import make_rules
-from dsv3.parallel.shard import Placement, place
-from dsv3.tree import paths
+from dsv3.parallel.shard import Placement, parts, place, placed, psum, sum_copies
+from dsv3.spec import draw, is_spec
+from dsv3.transform import jit, value_and_grad
+from dsv3.tree import flatten, paths, tree_map_with_path
+
+ROWS, LENGTH = 4, 8
 
 
 def to_the_first(params, x_TD, *, cfg):
@@ -29,40 +35,53 @@ def to_the_first(params, x_TD, *, cfg):
     return idx_TK, ops.gather_elements(scores_TE, 1, idx_TK), scores_TE, logits_TE
 
 
-ROUTES = {None: None, "to_the_first": to_the_first}
+ROUTES = {None: default_route, "to_the_first": to_the_first}
 
 
-def train(cfg, params, batches, rate, **how):
-    """[metrics of a step], and the leaves of params and first moments after the last."""
-    optimizer = dsv3.adamw(rate)
-    step, state, metrics = dsv3.make_train_step(cfg, optimizer, **how), optimizer.init(params), []
-    for tokens in batches:
-        params, state, found = step(params, state, {"tokens": tokens})
-        metrics.append({k: np.asarray(v.asnumpy()).tolist() for k, v in found.items() if k != "learning_rate"})
-    leaves = {path: leaf.asnumpy() for path, leaf in paths(params)}
-    return metrics, leaves, {path: leaf.asnumpy() for path, leaf in paths(state["m"])}
+def inputs(cfg):
+    """(params, x [ROWS, LENGTH, D], the gradient of y): the same everywhere."""
+    params = tree_map_with_path(lambda path, spec: Tensor(draw(spec, path, 0) * (1 if "bias" in path else 8)), moe_spec(cfg))
+    rng = np.random.default_rng(0)
+    return params, *(rng.standard_normal((2, ROWS, LENGTH, cfg.hidden_size)).astype(np.float32))
 
 
-def main(jobs, rows, length, steps, rate, folder):
+def run(cfg, route, params, x, dy, placement=None):
+    """y of whole rows, load, balance loss, gradients of sum(y dy) + balance loss to all leaves and to x, of this rank."""
+    named = [(path, spec) for path, spec in paths(moe_spec(cfg), is_spec)]
+    names = tuple(placement.copies(spec, path) for path, spec in named) if placement else ("@",) * len(named)
+    balance, share = make_balance(cfg, sequence=0.5, expert=0.3, device=0.2, communication=0.1, z=0.1), 1.0
+    if placement:
+        share = 1 / len(placement.group("all"))
+
+    def objective(tree, dy):
+        y, load, aux = moe(tree["p"], own_seq(tree["x"], "residual_seq"), cfg=cfg, route=route, balance=balance)
+        y, aux = gather_seq(y, "residual_seq"), psum(aux, "tokens") / parts("tokens")
+        return (ops.sum(y * dy) * parts("batch") + aux) * share, (y, load, aux)
+
+    grad = value_and_grad(objective, has_aux=True)
+
+    def step(params, x, dy):
+        (_, out), grads = grad({"p": params, "x": x}, dy)
+        return out, sum_copies(flatten(grads["p"]), names), psum(grads["x"], "@context+model")
+
+    (y, load, aux), grads, dx = jit(step)(params, x, dy)
+    found = {f"d {path}": g.asnumpy() for (path, _), g in zip(named, grads)}
+    return found | {"y": y.asnumpy(), "load": load.asnumpy(), "aux": aux.asnumpy(), "dx": dx.asnumpy()}
+
+
+def main(jobs, changes, folder):
     """All jobs on this rank."""
     ms.set_device("CPU")
     init("mccl")
+    cfg = dsv3.TINY.replace(**json.loads(changes))
+    params, x, dy = inputs(cfg)
     for job in json.loads(jobs):
-        mesh, rules, cfg = Mesh.parse(job["mesh"]), make_rules(**job["rules"]), dsv3.TINY.replace(**job["changes"])
-        placement = Placement(mesh, rules, get_rank())
-        params = place(dsv3.init(cfg, seed=0), param_specs(cfg), placement)
-        n, i = int(rows) // mesh.data, placement.index("batch")
-        batches = [batch_of(cfg, rows, length, seed)[i * n : (i + 1) * n] for seed in range(1, int(steps) + 1)]
-        metrics, leaves, m = train(cfg, params, batches, float(rate), mesh=mesh, rules=rules, route=ROUTES[job["route"]])
-        named = {f"p/{k}": v for k, v in leaves.items()} | {f"m/{k}": v for k, v in m.items()}
-        np.savez(f"{folder}/{job['name']}_{get_rank()}.npz", **named)
-        with open(f"{folder}/{job['name']}_{get_rank()}.json", "w") as file:
-            json.dump(metrics, file)
-
-
-def batch_of(cfg, rows, length, seed):
-    """Random tokens, the same on every rank. [rows, length] int32."""
-    return np.random.default_rng(seed).integers(0, cfg.vocab_size, (int(rows), int(length))).astype(np.int32)
+        placement = Placement(Mesh.parse(job["mesh"]), make_rules(**job["rules"]), get_rank())
+        n = ROWS // placement.mesh.data
+        own = slice(placement.index("batch") * n, (placement.index("batch") + 1) * n)
+        with placed(placement):
+            found = run(cfg, ROUTES[job["route"]], place(params, moe_spec(cfg), placement), x[own], dy[own], placement)
+        np.savez(f"{folder}/{job['name']}_{get_rank()}.npz", **found)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def form_of(n: int, visited: int) -> str:
         return choice
     if visited >= n:
         return "gather"
-    return "two_level" if node is not None and 1 < node < n else "alltoall"
+    return "two_level" if node is not None and 1 < node < n and n % node == 0 else "alltoall"
 
 
 def exchanged_experts(w, x_TD, idx_TK, weights_TK, form):

@@ -26,7 +26,7 @@ from ..kernels.native import iota
 from ..spec import ParamSpec
 from ..tree import paths, tree_map_with_path
 from . import groups
-from .mesh import AXES, Mesh
+from .mesh import AXES, Mesh, divisors
 from .rules import Rules, layout, local_slices, state_shards
 from .schedules import Pipeline
 
@@ -61,7 +61,8 @@ class Placement:
         refuse(rules.axes("expert") not in (("expert",), ("expert", "model")) or inner not in ((), rules.axes("ffn")),
                f"experts over {rules.axes('expert')}, each over {inner},")
         if rules.dispatch == "two_level" and n % rules.node:
-            raise ValueError(f"mesh {mesh}: node={rules.node} does not divide the {n} ranks that share experts; pick a divisor")
+            raise ValueError(f"mesh {mesh}: node={rules.node} does not divide the {n} ranks that share the experts; expected "
+                             f"one of {divisors(n)}")
         for name in ("heads", "ffn", "vocab"):
             refuse(bool(set(rules.axes(name)) & set(batch + seq)), f"{name!r} on an axis of the batch or of its rows")
             refuse(bool(self.axes("residual")) and self.axes(name) not in ((), self.axes("residual")),
