@@ -17,6 +17,7 @@ from dsv3.kernels.native import iota
 from dsv3.nn.balance import make_balance
 from dsv3.nn.moe import moe, moe_spec
 from dsv3.nn.router import route as default_route
+from dsv3.parallel.groups import own_rank
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.rows import gather_seq, own_seq
 from dsv3.parallel.rules import make_rules
@@ -69,19 +70,30 @@ def run(cfg, route, params, x, dy, placement=None):
     return found | {"y": y.asnumpy(), "load": load.asnumpy(), "aux": aux.asnumpy(), "dx": dx.asnumpy()}
 
 
+def run_all(jobs, changes):
+    """{name of a job: what ``run`` found} of this rank."""
+    cfg, found = dsv3.TINY.replace(**changes), {}
+    params, x, dy = inputs(cfg)
+    for job in jobs:
+        placement = Placement(Mesh.parse(job["mesh"]), make_rules(**job["rules"]), own_rank())
+        n = ROWS // placement.mesh.data
+        own = slice(placement.index("batch") * n, (placement.index("batch") + 1) * n)
+        with placed(placement):
+            found[job["name"]] = run(cfg, ROUTES[job["route"]], place(params, moe_spec(cfg), placement), x[own], dy[own], placement)
+    return found
+
+
+def record(jobs, changes):
+    """A target of ``simulate``: the graphs of all jobs on this rank."""
+    run_all(jobs, changes)
+
+
 def main(jobs, changes, folder):
     """All jobs on this rank."""
     ms.set_device("CPU")
     init("mccl")
-    cfg = dsv3.TINY.replace(**json.loads(changes))
-    params, x, dy = inputs(cfg)
-    for job in json.loads(jobs):
-        placement = Placement(Mesh.parse(job["mesh"]), make_rules(**job["rules"]), get_rank())
-        n = ROWS // placement.mesh.data
-        own = slice(placement.index("batch") * n, (placement.index("batch") + 1) * n)
-        with placed(placement):
-            found = run(cfg, ROUTES[job["route"]], place(params, moe_spec(cfg), placement), x[own], dy[own], placement)
-        np.savez(f"{folder}/{job['name']}_{get_rank()}.npz", **found)
+    for name, found in run_all(json.loads(jobs), json.loads(changes)).items():
+        np.savez(f"{folder}/{name}_{get_rank()}.npz", **found)
 
 
 if __name__ == "__main__":

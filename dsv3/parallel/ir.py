@@ -28,7 +28,8 @@ class Collective:
     group: global ranks in the group's order; for Send and Receive (source, destination). op: of a reduction, else "".
     shape: of what the rank puts in (what it gets, for Receive). backward: inside of the gradient, as its scope says.
     bytes: the payload of one, which is the whole tensor that the collective is about: the larger of what goes into and what
-    comes out of this rank. This is the "size" of NVIDIA's nccl-tests.
+    comes out of this rank. This is the "size" of NVIDIA's nccl-tests. Of AllToAllV the shape is (-1, elements of a row) and
+    the bytes are 0: how many rows there are depends on the data.
     """
 
     kind: str
@@ -64,7 +65,7 @@ def last_graph(folder: Path) -> Path:
 _GRAPH = re.compile(r"subgraph @(\S+?)\(")
 _NODE = re.compile(r"  %\S+\([^)]*\) = (?:PrimFunc_|DoSignaturePrimitive_)?(\w+)\(")
 _CALL = re.compile(r"  %\S+\([^)]*\) = (?:call @([^\s()]+)\(|%\d+\[@(?:Partial\()?@?([^\s()\]]+))")
-_TENSOR = re.compile(r"Tensor\[(\w+)\]\]?, \(([\d, ]*)\)")
+_TENSOR = re.compile(r"Tensor\[(\w+)\]\]?, \(([-\d, ]*)\)")
 
 
 def read_collectives(path: Path, rank: int, ranks_of: Callable[[str], tuple[int, ...]]) -> tuple[Collective, ...]:
@@ -132,6 +133,8 @@ def _collective(kind: str, line: str, types: str, rank: int, ranks_of: Callable,
     first = next((t for side in (reversed(sides) if kind == "Receive" else sides) for t in side), None)
     if first is None or first[0] not in BITS:
         raise ValueError(f"{where}: {kind} of a type that is not known: {types.strip()[:300]}")
+    if kind == "AllToAllV" and first[1] == (-1,):
+        first, sizes = (first[0], (-1, number("block_size"))), [0]
     op = re.search(r'\bop: "(\w+)"', line)
     return Collective(kind=kind, op=op[1] if op else "", group=group, dtype=first[0], shape=first[1], bytes=max(sizes),
                       backward=False, count=0)

@@ -285,7 +285,8 @@ def _all_to_all_v(here: Arrival, values: list[tuple]) -> list[np.ndarray]:
         if (sent := [len(part[i]) for part in parts]) != expected.tolist():
             raise RuntimeError(f"rank {here.group[i]} at {here.node.name} expects {expected.tolist()} elements from the ranks "
                                 f"{list(here.group)}, which send {sent}")
-    return [np.concatenate([part[i] for part in parts]) for i in range(len(values))]
+    got = [np.concatenate([part[i] for part in parts]) for i in range(len(values))]
+    return [x if x.size else np.zeros((), x.dtype) for x in got]  # MindSpore's answer where nothing comes has no dims
 
 
 COLLECTIVE: dict[str, Callable[[Arrival, list], list]] = {

@@ -36,6 +36,22 @@ def _matmul(node, a, b, *flags):
     return np.matmul(a.swapaxes(-1, -2) if left else a, b.swapaxes(-1, -2) if right else b)
 
 
+def _grouped_matmul(node, x, w, *rest):
+    """GroupedMatmulV4 of one tensor each: group_type 0, rows of x in groups; 2, the inner dim in groups (the gradient of w)."""
+    (x,), (w,), (groups, (split, kind, as_counts)) = x, w, (rest[6], map(_int, rest[10:13]))
+    if split != 3 or kind not in (0, 2):
+        raise ValueError(f"split_item={split}, group_type={kind}: expected 3, and 0 or 2, the forms that the model's programs have")
+    ends = np.cumsum(groups) if as_counts else np.asarray(groups)
+    if np.any(np.diff(ends, prepend=0) < 0) or ends[-1] > x.shape[1 if kind else 0]:
+        raise IndexError(f"the groups end at {ends.tolist()}, of {x.shape[1 if kind else 0]} rows")
+    if kind:
+        return (np.stack([a @ b for a, b in zip(np.split(x, ends, 1), np.split(w, ends))][:len(ends)]),)
+    out = np.full((x.shape[0], w.shape[2]), np.nan, np.float32)  # what follows the last group is undefined
+    for start, end, matrix in zip((0, *ends), ends, w):
+        out[start:end] = x[start:end] @ matrix
+    return (out,)
+
+
 def _reduction(function: Callable) -> Callable:
     def reduce(node, x, *rest):
         dims = _ints(_given(node, rest, 0, "axis")) or None
@@ -144,6 +160,16 @@ def _scatter_nd(node, index, update, shape):
     out = np.zeros(_ints(shape), update.dtype)
     np.add.at(out, tuple(np.moveaxis(index, -1, 0)), update)
     return out
+
+
+def _gather_nd(node, x, index):
+    _within(index[..., 0], x.shape[0])
+    return x[tuple(np.moveaxis(index, -1, 0))]
+
+
+def _shape_calc(node, x, dim):
+    """The one calculation that the gradient of Gather asks for: how many rows there were."""
+    return (x.shape[_int(dim)],)
 
 
 def _tensor_scatter_add(node, x, index, update):
@@ -274,6 +300,8 @@ PRIMITIVES: dict[str, Callable] = {name: _elementwise(function) for name, functi
     "Concat": _concat, "Stack": _stack, "CumSum": _cumsum, "CumsumExt": lambda node, x, dim, *_: _cumsum(node, x, dim),
     **dict.fromkeys(("ExpandDims", "Squeeze", "Reshape", "View", "Flatten"), lambda node, x, *_: x.reshape(node.type.shape)),
     "Gather": _gather, "GatherDGradV2": _gather_dim_grad,
+    **dict.fromkeys(("GatherNd", "GatherNdExt"), _gather_nd), "GroupedMatmulV4": _grouped_matmul, "ShapeCalc": _shape_calc,
+    "NonZero": lambda node, x: np.argwhere(x),
     "GatherD": lambda node, x, dim, index: np.take_along_axis(x, index, _int(dim)),
     "IndexSelect": lambda node, x, dim, index: _gather(node, x, index, dim),
     "LogSoftmax": _log_softmax, "LogSoftmaxExt": _log_softmax, "OneHot": _one_hot, "OneHotExt": _one_hot,
@@ -290,7 +318,8 @@ PRIMITIVES: dict[str, Callable] = {name: _elementwise(function) for name, functi
     "TransposeExtView": lambda node, x, a, b: x.swapaxes(_int(a), _int(b)),
     "Tril": _triangle(np.tril), "TrilExt": _triangle(np.tril), "Triu": _triangle(np.triu),
     "UnsortedSegmentSum": _unsorted_segment_sum,
-    **dict.fromkeys(("Zeros", "ZerosLike", "ZerosLikeExt"), lambda node, *_: np.zeros(node.type.shape)),
+    **dict.fromkeys(("ZerosLike", "ZerosLikeExt"), lambda node, x, *_: np.zeros(np.shape(x))),
+    "Zeros": lambda node, *_: np.zeros(node.type.shape),
     **dict.fromkeys(("Ones", "OnesLike", "OnesLikeExt"), lambda node, *_: np.ones(node.type.shape)),
     **dict.fromkeys(("FillV2", "FillScalar"), lambda node, shape, value, *_: np.full(node.type.shape, value)),
 } | FUSED

@@ -159,7 +159,7 @@ def _type(a: Any, attributes: Any) -> Any:
 
 
 def conform(value: Any, kind: Any) -> Any:
-    """``value`` in the recorded type. Raises ValueError when its shape is another."""
+    """``value`` in the recorded type. Raises ValueError when its shape is another; a size of -1 was not known before."""
     if isinstance(kind, tuple) and isinstance(value, tuple):
         if len(kind) != len(value):
             raise ValueError(f"gives {len(value)} results where the program records {len(kind)}")
@@ -167,7 +167,7 @@ def conform(value: Any, kind: Any) -> Any:
     if not isinstance(kind, Type) or value is None:
         return value
     array = np.asarray(value)
-    if array.shape != kind.shape:
+    if array.ndim != len(kind.shape) or any(n not in (-1, found) for n, found in zip(kind.shape, array.shape)):
         raise ValueError(f"gives shape {list(array.shape)} where the program records {list(kind.shape)}")
     return _rounded(array.astype(DTYPES[kind.dtype], copy=False), kind.dtype)
 
