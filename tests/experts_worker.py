@@ -2,7 +2,8 @@
 
     msrun ... experts_worker.py JOBS(JSON) CHANGES(JSON) FOLDER
 
-A job: {"name", "mesh", "rules": arguments of make_rules, "route": a name of ROUTES or null}.
+A job: {"name", "mesh", "rules": arguments of make_rules, "route": a name of ROUTES or null,
+"rows", "length": of the tokens of all ranks}.
 """
 import json
 import sys
@@ -26,8 +27,6 @@ from dsv3.spec import draw, is_spec
 from dsv3.transform import jit, value_and_grad
 from dsv3.tree import flatten, paths, tree_map_with_path
 
-ROWS, LENGTH = 4, 8
-
 
 def to_the_first(params, x_TD, *, cfg):
     """A router that sends every token to the first K experts."""
@@ -39,11 +38,11 @@ def to_the_first(params, x_TD, *, cfg):
 ROUTES = {None: default_route, "to_the_first": to_the_first}
 
 
-def inputs(cfg):
-    """(params, x [ROWS, LENGTH, D], the gradient of y): the same everywhere."""
+def inputs(cfg, rows, length):
+    """(params, x [rows, length, D], the gradient of y): the same everywhere."""
     params = tree_map_with_path(lambda path, spec: Tensor(draw(spec, path, 0) * (1 if "bias" in path else 8)), moe_spec(cfg))
     rng = np.random.default_rng(0)
-    return params, *(rng.standard_normal((2, ROWS, LENGTH, cfg.hidden_size)).astype(np.float32))
+    return params, *(rng.standard_normal((2, rows, length, cfg.hidden_size)).astype(np.float32))
 
 
 def run(cfg, route, params, x, dy, placement=None):
@@ -73,13 +72,14 @@ def run(cfg, route, params, x, dy, placement=None):
 def run_all(jobs, changes):
     """{name of a job: what ``run`` found} of this rank."""
     cfg, found = dsv3.TINY.replace(**changes), {}
-    params, x, dy = inputs(cfg)
     for job in jobs:
+        params, x, dy = inputs(cfg, job["rows"], job["length"])
         placement = Placement(Mesh.parse(job["mesh"]), make_rules(**job["rules"]), own_rank())
-        n = ROWS // placement.mesh.data
+        n = job["rows"] // placement.mesh.data
         own = slice(placement.index("batch") * n, (placement.index("batch") + 1) * n)
         with placed(placement):
-            found[job["name"]] = run(cfg, ROUTES[job["route"]], place(params, moe_spec(cfg), placement), x[own], dy[own], placement)
+            own_params = place(params, moe_spec(cfg), placement)
+            found[job["name"]] = run(cfg, ROUTES[job["route"]], own_params, x[own], dy[own], placement)
     return found
 
 

@@ -2,6 +2,8 @@
 
 Real processes (msrun on the CPU) run one mixture of experts forward and backward on many meshes.
 """
+import collections
+import functools
 import json
 import os
 import shutil
@@ -12,12 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experts_worker import ROUTES, ROWS, inputs, run
+from experts_worker import ROUTES, inputs, run, run_all
 
 import dsv3
+from dsv3.nn.dispatch import form_of, ranks_visited
 from dsv3.nn.moe import moe_spec
+from dsv3.parallel import lockstep
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.recorded import replay
 from dsv3.parallel.rules import local_slices, make_rules
+from dsv3.parallel.shard import Placement
+from dsv3.parallel.simulate import simulate_ranks
 from dsv3.spec import is_spec
 from dsv3.tree import paths
 
@@ -25,31 +32,32 @@ HERE = Path(__file__).parent
 CHANGES = {"hidden_size": 16, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
            "moe_intermediate_size": 12, "n_shared_experts": 1}
 EP4, TP2, SP = "data=4,expert=4", "data=2,model=2,expert=2", {"sequence_parallel": True}
-JOBS = {
-    "chosen by bytes: alltoall": (EP4, {}, None),
-    "alltoall, all to one rank": (EP4, {"dispatch": "alltoall"}, "to_the_first"),
-    "two levels": (EP4, {"node": 2}, None),
-    "two levels, all to one rank": (EP4, {"node": 2}, "to_the_first"),
-    "cut experts, gather, sequence parallel": (TP2, SP | {"dispatch": "gather"}, None),
-    "cut experts, alltoall": (TP2, {"dispatch": "alltoall"}, None),
-    "extend": (TP2, {"experts": "extend"}, None),
-    "extend, sequence parallel": (TP2, SP | {"experts": "extend", "dispatch": "two_level", "node": 2}, None),
-    "whole": (TP2, {"experts": "whole", "dispatch": "alltoall"}, None),
-    "context": ("data=2,context=2,expert=2", {"dispatch": "alltoall"}, None),
+JOBS = {  # mesh, rules, router, and of how many rows of how many tokens
+    "chosen by bytes: alltoall": (EP4, {}, None, 4, 8),
+    "two levels, all to one node": (EP4, {"dispatch": "two_level", "node": 2}, "to_the_first", 4, 8),
+    "cut experts, gather, sequence parallel": (TP2, SP | {"dispatch": "gather"}, None, 4, 8),
+    "extend, two levels, sequence parallel": (TP2, SP | {"experts": "extend", "node": 2}, None, 4, 8),
+    "extend, tokens that do not divide": ("model=4", {"experts": "extend"}, None, 3, 7),
+    "whole": (TP2, {"experts": "whole", "dispatch": "alltoall"}, None, 4, 8),
 }
+SIMULATED = ["two levels, all to one node", "cut experts, gather, sequence parallel"]
+
+
+def as_jobs(names):
+    """For the worker."""
+    return [dict(zip(("mesh", "rules", "route", "rows", "length"), JOBS[name]), name=name) for name in names]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the ranks left what they found, after all jobs ran in one start of four processes."""
     out = tmp_path_factory.mktemp("experts")
-    jobs = [{"name": k, "mesh": m, "rules": r, "route": f} for k, (m, r, f) in JOBS.items()]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     msrun = shutil.which("msrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     command = [msrun, "--worker_num=4", "--local_worker_num=4", f"--master_port={port}", f"--log_dir={out / 'log'}",
-               "--join=True", str(HERE / "experts_worker.py"), json.dumps(jobs), json.dumps(CHANGES), str(out)]
+               "--join=True", str(HERE / "experts_worker.py"), json.dumps(as_jobs(JOBS)), json.dumps(CHANGES), str(out)]
     environment = os.environ | {  # msrun starts "python" and does not set the path
         "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
@@ -60,30 +68,74 @@ def folder(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    """The same on one device, by router."""
+@functools.cache
+def one_device(route, rows, length):
+    """The same on one device."""
     cfg = dsv3.TINY.replace(**CHANGES)
-    return {name: run(cfg, route, *inputs(cfg)) for name, route in ROUTES.items()}
+    return run(cfg, ROUTES[route], *inputs(cfg, rows, length))
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_processes_together_are_one_device(folder, one_device, job):
-    text, arguments, route = JOBS[job]
-    mesh, rules, wanted = Mesh.parse(text), make_rules(**arguments), one_device[route]
-    specs = dict(paths(moe_spec(dsv3.TINY.replace(**CHANGES)), is_spec))
-    for rank in range(mesh.size):
-        coords, found = mesh.coords(rank), np.load(folder / f"{job}_{rank}.npz")
-        n = ROWS // mesh.data
+def test_processes_together_are_one_device(folder, job):
+    assert_equal(job, [np.load(folder / f"{job}_{rank}.npz") for rank in range(4)])
+
+
+def assert_equal(job, found):
+    """What every rank found is its part of what one device finds."""
+    text, arguments, route, rows, length = JOBS[job]
+    mesh, rules, wanted = Mesh.parse(text), make_rules(**arguments), one_device(route, rows, length)
+    for rank, ours in enumerate(found):
+        coords, n = mesh.coords(rank), rows // mesh.data
         i = mesh.index(coords, ("data",)) * n
-        np.testing.assert_array_equal(found["load"], wanted["load"])
-        np.testing.assert_allclose(found["aux"], wanted["aux"], rtol=1e-5)
+        np.testing.assert_array_equal(ours["load"], wanted["load"])
+        np.testing.assert_allclose(ours["aux"], wanted["aux"], rtol=1e-5)
         for key in ("y", "dx"):
-            close(found[key], wanted[key][i : i + n], key)
-        for path, spec in specs.items():
-            close(found[f"d {path}"], wanted[f"d {path}"][local_slices(spec, mesh, rules, coords, path)], path)
+            close(ours[key], wanted[key][i : i + n], key)
+        for path, spec in paths(moe_spec(dsv3.TINY.replace(**CHANGES)), is_spec):
+            close(ours[f"d {path}"], wanted[f"d {path}"][local_slices(spec, mesh, rules, coords, path)], path)
 
 
 def close(found, wanted, what):
     """Within 1e-5 of the largest."""
     assert found.shape == wanted.shape and np.abs(found - wanted).max() <= 1e-5 * max(np.abs(wanted).max(), 1e-30), what
+
+
+def test_programs_for_ascend_together_are_one_device(tmp_path, monkeypatch):
+    """Exchanges of as many rows as the data want and CANN's grouped products, interpreted as documented: what follows the last
+    group is not a number there."""
+    reports = simulate_ranks("experts_worker:record", {"jobs": as_jobs(SIMULATED), "changes": CHANGES}, 4, keep=tmp_path,
+                             export=True)
+    rows, exchange = collections.Counter(), lockstep.COLLECTIVE["AlltoAllV"]
+
+    def counted(here, values):
+        width = here.node.attrs["block_size"]
+        rows[width, tuple(int(sent.sum()) // width for _, sent, _ in values)] += 1
+        return exchange(here, values)
+
+    monkeypatch.setitem(lockstep.COLLECTIVE, "AlltoAllV", counted)
+    found = replay(functools.partial(run_all, as_jobs(SIMULATED), CHANGES), reports)
+    for job in SIMULATED:
+        assert_equal(job, [ours[job] for ours in found])
+    # A rank's 8 tokens cross to node 0 once each, though three experts there are theirs, with a row of the rank's own: 9 rows.
+    # There rank 0 or 1 has 17 and passes 16 on to both ranks of the node. All that comes goes back; then gradients do the same.
+    D, choice = CHANGES["hidden_size"], 2 * CHANGES["num_experts_per_tok"]
+    assert rows == {(D, (9, 9)): 4, (D, (33, 33)): 4, (D, (1, 1)): 4, (D, (17, 1)): 4,
+                    (choice, (9, 9)): 2, (choice, (33, 33)): 2, (choice, (1, 1)): 2, (choice, (17, 1)): 2}
+
+
+def test_the_form_is_that_of_the_fewest_rows():
+    """Of the 671B: 8 experts of 256 in 4 of 8 groups."""
+    assert [ranks_visited(n, 8, 8, 4) for n in (2, 4, 8, 16, 32, 64)] == [2, 4, 4, 8, 8, 8]
+    assert ranks_visited(64, 8, 1, 1) == 8  # a router without groups
+    assert [form_of(n, ranks_visited(n, 8, 8, 4)) for n in (2, 4, 8, 64)] == ["gather", "gather", "alltoall", "alltoall"]
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="dispatch='ring'; expected None or one of gather, alltoall, two_level"):
+        make_rules(dispatch="ring")
+    with pytest.raises(ValueError, match="without node"):
+        make_rules(dispatch="two_level")
+    with pytest.raises(ValueError, match="node=3 does not divide the 4 ranks that share the experts; expected one of 1, 2, 4"):
+        Placement(Mesh.parse(EP4), make_rules(dispatch="two_level", node=3))
+    with pytest.raises(ValueError, match="experts over"):
+        Placement(Mesh.parse(EP4), make_rules().replace("expert", ("replica",)))

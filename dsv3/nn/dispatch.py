@@ -1,16 +1,19 @@
 """How tokens meet their experts when ranks share the experts out: dropless exchanges, and what each costs.
 
-Let n ranks hold E / n experts each and T tokens of their own. All forms compute the same; a rank sends, and gets back:
+n ranks hold E / n experts each and T tokens of their own. All forms compute the same; they differ in the rows a rank sends,
+and again gets back, D elements each:
 
-gather: every token goes to every rank, (n - 1) T rows. Shapes are static.
-alltoall: a token goes once to each rank that holds one of its K experts, at most min(K, n) of them and, with the router's
-    limit to G groups of experts, min(K, G max(1, n / groups)): V (n - 1) / n T rows at most for V such ranks. The number of
-    rows depends on the data (AlltoAllV; only n counts are exchanged before).
-two_level: a token goes once to each node with one of its experts, to the rank there with its sender's place in the node, and
-    from there to the experts' ranks inside the node: across nodes min(V, nodes) (1 - 1 / nodes) T rows, the report's reason to
-    limit a token to 4 nodes (section 3.2.2).
+gather: every token to every rank, (n - 1) T rows. Shapes are static, so all pairs of n T tokens have memory at each rank.
+alltoall: a token once to each rank that holds one of its K experts. That is at most V = min(K, n, G max(1, n / groups)) ranks
+    with the router's limit to G groups, V (n - 1) / n T rows. The data decide how many: n counts are exchanged before, and
+    AlltoAllV gives tensors whose size the compiler does not know. (Equal blocks would have to leave room for all T tokens
+    between any two ranks: as many bytes as gather.)
+two_level: a token once to each node with one of its experts, to the rank with its sender's place in the node, and from there
+    inside the node to the experts' ranks: only min(V, nodes) (1 - 1 / nodes) T rows at most between nodes, for which the
+    report limits a token to 4 nodes (section 3.2.2).
 
-An exchange of equal blocks, static, would have to leave room for all T rows from each rank to each: the bytes of gather.
+For the 671B in bfloat16, K = 8 in 4 of 8 groups, KiB a token and direction, averages of an even load: n = 8: gather 98,
+alltoall 44; n = 64 on nodes of 8: gather 882, alltoall 101, of which 90 between nodes, two_level 44 between and 90 inside.
 Each rank weights and sums what its own experts say of a token before it answers, so a row comes back for each row sent.
 """
 from __future__ import annotations

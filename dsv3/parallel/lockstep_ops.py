@@ -40,7 +40,7 @@ def _grouped_matmul(node, x, w, *rest):
     """GroupedMatmulV4 of one tensor each: group_type 0, rows of x in groups; 2, the inner dim in groups (the gradient of w)."""
     (x,), (w,), (groups, (split, kind, as_counts)) = x, w, (rest[6], map(_int, rest[10:13]))
     if split != 3 or kind not in (0, 2):
-        raise ValueError(f"split_item={split}, group_type={kind}: expected 3, and 0 or 2, the forms that the model's programs have")
+        raise ValueError(f"split_item={split}, group_type={kind}: expected 3, and 0 or 2, as the model's programs have")
     ends = np.cumsum(groups) if as_counts else np.asarray(groups)
     if np.any(np.diff(ends, prepend=0) < 0) or ends[-1] > x.shape[1 if kind else 0]:
         raise IndexError(f"the groups end at {ends.tolist()}, of {x.shape[1 if kind else 0]} rows")
@@ -301,7 +301,7 @@ PRIMITIVES: dict[str, Callable] = {name: _elementwise(function) for name, functi
     **dict.fromkeys(("ExpandDims", "Squeeze", "Reshape", "View", "Flatten"), lambda node, x, *_: x.reshape(node.type.shape)),
     "Gather": _gather, "GatherDGradV2": _gather_dim_grad,
     **dict.fromkeys(("GatherNd", "GatherNdExt"), _gather_nd), "GroupedMatmulV4": _grouped_matmul, "ShapeCalc": _shape_calc,
-    "NonZero": lambda node, x: np.argwhere(x),
+    "NonZero": lambda node, x: np.argwhere(x), "Shape": lambda node, x: x.shape,
     "GatherD": lambda node, x, dim, index: np.take_along_axis(x, index, _int(dim)),
     "IndexSelect": lambda node, x, dim, index: _gather(node, x, index, dim),
     "LogSoftmax": _log_softmax, "LogSoftmaxExt": _log_softmax, "OneHot": _one_hot, "OneHotExt": _one_hot,
