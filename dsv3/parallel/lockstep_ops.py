@@ -55,6 +55,8 @@ def _grouped_matmul(node, x, w, *rest):
 def _reduction(function: Callable) -> Callable:
     def reduce(node, x, *rest):
         dims = _ints(_given(node, rest, 0, "axis")) or None
+        if dims is None and _given(node, rest, 2, "skip_mode", False) is True:
+            return x
         return function(x, axis=dims, keepdims=bool(_given(node, rest, 1, "keep_dims", False)))
     return reduce
 
@@ -167,9 +169,17 @@ def _gather_nd(node, x, index):
     return x[tuple(np.moveaxis(index, -1, 0))]
 
 
-def _shape_calc(node, x, dim):
-    """The one calculation that the gradient of Gather asks for: how many rows there were."""
-    return (x.shape[_int(dim)],)
+def _shape_calc(node, x, other):
+    """What gradients ask of shapes that the data decide, told apart by their inputs: of Gather, how many rows there were; of
+    Concat, where its parts begin; of broadcast operands, the dims over which each one's gradient is summed."""
+    if isinstance(x, tuple):
+        dim, ends = _int(other), np.cumsum([part.shape[_int(other)] for part in x])
+        return tuple(tuple(int(end) - part.shape[dim] if i == dim else 0 for i in range(part.ndim)) for part, end in zip(x, ends))
+    if np.ndim(other) == 0:
+        return (x.shape[_int(other)],)
+    if x.ndim != other.ndim:
+        raise ValueError(f"broadcasts {list(x.shape)} with {list(other.shape)}: expected as many dims")
+    return tuple(np.flatnonzero([n == 1 != m for n, m in zip(a.shape, b.shape)]) for a, b in ((x, other), (other, x)))
 
 
 def _tensor_scatter_add(node, x, index, update):
