@@ -155,7 +155,7 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
             return whole(leaves, biases, moments, batch, hyper)
         if not sums:
             sums_like = moments["m"] if placement and placement.rules.zero >= 2 else leaves
-            sums.append(tuple(Tensor(np.zeros(leaf.shape, np.float32)) for leaf in sums_like))
+            sums.append(tuple(Tensor.from_numpy(np.zeros(leaf.shape, np.float32)) for leaf in sums_like))
         found = gradients(leaves, biases, sums[0], split_rows(batch, accumulate, cfg), hyper[8])
         join(sums[0])
         norm = apply(leaves, biases, moments, sums[0], found, hyper)

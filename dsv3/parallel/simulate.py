@@ -164,9 +164,9 @@ def _environment(ranks: int, rank: int, level: int, folder: Path, stand_in: Path
     environment = dict(os.environ) | {
         "RANK_SIZE": str(ranks), "RANK_ID": str(rank), "MS_SIMULATION_LEVEL": str(level), "GLOG_v": "3",
         "PYTHONWARNINGS": "ignore", "MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": str(folder / "ir"),
-        "MS_DEV_DUMP_IR_PASSES": "validate",
+        "MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_DUMP_IR_CONFIG": "LINE_LEVEL0",  # without a model's source lines
     }
-    for name in ("MS_DEV_JIT_PIPELINE", "MS_DEV_DUMP_IR_CONFIG", "MS_ROLE", "DEVICE_ID", "RANK_TABLE_FILE"):
+    for name in ("MS_DEV_JIT_PIPELINE", "MS_ROLE", "DEVICE_ID", "RANK_TABLE_FILE"):
         environment.pop(name, None)  # left over from a cluster or a CPU run, these would change what is compiled
     paths = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     stand_in_paths = fake_cann.environment(stand_in) if stand_in else {}
