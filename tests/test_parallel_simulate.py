@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsv3.parallel import fake_cann, simulate
-from dsv3.parallel.simulate import Collective
+from dsv3.parallel import fake_cann, ir, simulate
+from dsv3.parallel.ir import Collective
 
 BATCH, WIDTH, HIDDEN = 16, 6, 20  # of parallel_targets, which imports MindSpore
 
@@ -255,7 +255,7 @@ subgraph @top_9(%para4_x) {
 def read(tmp_path, text, rank=4):
     (tmp_path / "00_validate_0001.ir").write_text(text)
     groups = {"2-77": (4, 5)}
-    return simulate.read_collectives(simulate.last_graph(tmp_path), rank, groups.__getitem__)
+    return ir.read_collectives(ir.last_graph(tmp_path), rank, groups.__getitem__)
 
 
 def test_collectives_of_called_graphs_count_for_every_call(tmp_path):
@@ -285,10 +285,23 @@ def test_graphs_that_cannot_be_counted(tmp_path, old, new, words):
 
 def test_last_graph(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing was compiled"):
-        simulate.last_graph(tmp_path)
+        ir.last_graph(tmp_path)
     for n in (2, 10, 9):
         (tmp_path / f"21_validate_{n:04}.ir").touch()
-    assert simulate.last_graph(tmp_path).name == "21_validate_0010.ir"
+    assert ir.last_graph(tmp_path).name == "21_validate_0010.ir"
+
+
+@pytest.mark.parametrize("returned, types", [
+    ("<Tuple[Tensor[Float32]*2,Tensor[Int32]], TupleShape((), (4, 3), (7)), elements_use_flags={[const vector]{1, 1, 1}}>",
+     (("Float32", ()), ("Float32", (4, 3)), ("Int32", (7,)))),
+    ("<Tuple[Ref[Tensor[BFloat16]]], TupleShape((2, 5))>", (("BFloat16", (2, 5)),)),
+    ("<Tensor[Float32], ()>", (("Float32", ()),)),
+])
+def test_result_types(tmp_path, returned, types):
+    path = tmp_path / "a.ir"
+    inner = "subgraph @inner() {\n  Return(%0)\n      : (<Tensor[Bool], (9)>)\n}\n"
+    path.write_text(f"# IR entry: @top_9\n{inner}subgraph @top_9(%a) {{\n  Return(%1) cnode_attrs: {{x: (1)}}\n      : ({returned})\n}}\n")
+    assert ir.result_types(path) == types
 
 
 @pytest.mark.parametrize("kind, parts", [
@@ -303,8 +316,9 @@ def test_summary():
     collectives = (Collective("AllReduce", "sum", (0, 1), "Float32", (512, 1024), 2**21, True, 3),
                    Collective("AllGather", "", tuple(range(0, 512, 8)), "BFloat16", (256, 4), 2**21, False, 2))
     report = simulate.Report(rank=0, ranks=512, seconds=1.25, host_bytes=2**31, device_bytes=None, collectives=collectives,
-                             value=None, program=None, cann="stand-in for CANN")
-    head, columns, first, second, total = simulate.summary(report)
+                             graphs=(simulate.GraphReport("part", (), 0, 3, 1.0, collectives, None),), value=None, program=None, cann="stand-in for CANN")
+    head, columns, first, second, total, graph = simulate.summary(report)
+    assert graph == "graph part: 3 calls of 5 collectives, compiled in 1.0 s"
     assert head == "rank 0 of 512: compiled in 1.2 s, host memory 2.00 GiB, stand-in for CANN"
     assert first.split() == ["AllReduce", "sum", "3", "backward", "0", "1", "Float32", "[512,", "1024]", "2.000", "6.000"]
     assert "64 ranks: 0 8 16 .. 504" in second and second.split()[-1] == f"{4 * 63 / 64:.3f}"

@@ -93,23 +93,36 @@ def run(args: argparse.Namespace) -> None:
         plans.draw(made, args.png)
         print(f"drawn: {args.png}")
     if args.simulate:
-        _simulate(cfg, setting, [int(word) for word in args.rank.split(",")])
+        _simulate(cfg, made, list(_numbers(args.rank, "--rank")))
 
 
-def _simulate(cfg, setting, ranks: list[int]) -> None:
+def _simulate(cfg, made, ranks: list[int]) -> None:
     from ..parallel.shard import Placement
-    from ..parallel.simulate import simulate, summary
+    from ..parallel.simulate import simulate_many, summary
 
+    setting = made.setting
     mesh, rules, step = setting.mesh, setting.rules, setting.run
-    Placement(mesh, rules)  # refuses what cannot be compiled
-    vocab_parallel = rules.axes("vocab") == rules.axes("heads")
-    job = {"model": cfg.to_hf(), "mesh": str(mesh), "rows": step.micro_batch_size * mesh.data, "length": step.seq_length,
-           "rules": {"zero": rules.zero, "shard_size": rules.shard_size, "vocab_parallel": vocab_parallel,
-                     "sequence_parallel": "model" in rules.axes("residual_seq")},
-           "dtype": step.dtype, "empty": True}
-    for rank in ranks:
-        report = simulate("dsv3.parallel.program:train_step", job, mesh.size, rank, timeout=3600)
+    for rank in ranks:  # refuses ranks that there are not, and what cannot be compiled
+        Placement(mesh, rules, rank).mesh.coords(rank)
+    job = {"model": cfg.to_hf(), "mesh": str(mesh), "rows": step.micro_batch_size * step.micro_batches * mesh.data,
+           "length": step.seq_length, "accumulate": step.micro_batches, "dtype": step.dtype, "empty": True,
+           "rules": {"zero": rules.zero, "shard_size": rules.shard_size} | _switches(rules),
+           "recompute": [_number(part.name, cfg) for stage in made.stages for part, mode in stage.blocks if mode == 2]}
+    for report in simulate_many("dsv3.parallel.program:record_steps", job, mesh.size, ranks, timeout=3600):
         print("\n" + "\n".join(summary(report)))
+
+
+def _number(part: str, cfg) -> int:
+    """The number of a block as ``recompute`` counts them: MTP modules follow the layers."""
+    kind, i = part.split(".")
+    return int(i) + (cfg.num_hidden_layers if kind == "mtp" else 0)
+
+
+def _switches(rules) -> dict:
+    """The arguments of ``make_rules`` that give the table of these rules."""
+    table = dict(rules.table)
+    return {"experts": "tensor" if table["expert.ffn"] else "extend" if "model" in table["expert"] else "whole",
+            "sequence_parallel": "model" in table["residual_seq"], "vocab_parallel": bool(table["vocab"])}
 
 
 def read_setting(args: argparse.Namespace):
@@ -137,12 +150,9 @@ def read_setting(args: argparse.Namespace):
     chosen["run"] = dataclasses.replace(setting.run, **step)
 
     rules = setting.rules
-    table = dict(rules.table)
     asked = {"experts": args.experts, "sequence_parallel": args.sequence_parallel, "vocab_parallel": args.vocab_parallel}
     if any(value is not None for value in asked.values()):
-        now = {"experts": "tensor" if table["expert.ffn"] else "extend" if "model" in table["expert"] else "whole",
-               "sequence_parallel": "model" in table["residual_seq"], "vocab_parallel": bool(table["vocab"])}
-        new = make_rules(**now | {name: value for name, value in asked.items() if value is not None})
+        new = make_rules(**_switches(rules) | {name: value for name, value in asked.items() if value is not None})
         rules = dataclasses.replace(rules, table=new.table)
     sharing = {"zero": args.zero, "shard_size": args.shard_size}
     rules = dataclasses.replace(rules, **{name: value for name, value in sharing.items() if value is not None})

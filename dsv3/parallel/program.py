@@ -114,6 +114,7 @@ def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: in
     specs = held(cfg, placement)[0]
     params = blank(specs, placement, dtype, table.zero == 3) if empty else own(init(cfg, 0, dtype), cfg, placement)
     state = blank_state(specs, placement, dtype) if empty else init_state(optimizer, params, specs, placement)
+    recompute = tuple(recompute) if isinstance(recompute, list) else recompute
     step, metrics = make_train_step(cfg, optimizer, mesh=placement.mesh, rules=table, accumulate=accumulate,
                                     recompute=recompute, pipeline=line), []
     for i in range(steps):

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,8 @@ def summary(report: Report) -> list[str]:
                      f"{str(list(c.shape)):<24}{c.bytes / mib:>10.3f}{c.count * c.wire_bytes / mib:>10.3f}")
     count, wire = sum(c.count for c in report.collectives), sum(c.count * c.wire_bytes for c in report.collectives)
     lines.append(f"{'total':<20}{count:>6}  {'':<81}{wire / mib:>10.3f}")
+    lines += [f"graph {g.name}: {g.calls} calls of {sum(c.count for c in g.collectives)} collectives, compiled in {g.seconds:.1f} s"
+              for g in report.graphs]
     return lines
 
 
@@ -157,6 +159,15 @@ def simulate_ranks(target: str, kwargs: dict[str, Any], ranks: int, which: Seque
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def simulate_many(target: str, kwargs: dict[str, Any], ranks: int, which: Sequence[int], **options: Any) -> Iterator[Report]:
+    """``simulate`` for several large ranks: the first alone, the others as many at once as there is memory for, by its need."""
+    first = simulate(target, kwargs, ranks, which[0], **options)
+    yield first
+    free = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    jobs = max(1, min(os.cpu_count() or 1, int(free / (1.2 * first.host_bytes))))
+    yield from simulate_ranks(target, kwargs, ranks, which[1:], jobs=jobs, **options)
 
 
 def _environment(ranks: int, rank: int, level: int, folder: Path, stand_in: Path | None) -> dict[str, str]:
