@@ -16,9 +16,9 @@ from .nn.router import updated_bias
 from .optim import Optimizer, is_state
 from .parallel.groups import own_rank
 from .parallel.mesh import Mesh
-from .parallel.pipeline import accumulated, embedding_joiner, loads_of, reporter
+from .parallel.pipeline import accumulated, check, embedding_joiner, loads_of, reporter
 from .parallel.rules import make_rules
-from .parallel.schedules import Pipeline, check_schedule
+from .parallel.schedules import Pipeline
 from .parallel.shard import Placement, placed
 from .parallel.stages import held
 from .parallel.update import check_state, make_reduce, make_update
@@ -51,6 +51,8 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     ``accumulate`` is the number of micro-batches, and every stage is given the batch. A pipeline always recomputes a chunk's
     forward (``parallel.pipeline``); ``recompute`` then saves memory inside that.
     """
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate}; expected at least 1")
     placement = None
     if mesh is None and rules is not None:
         raise ValueError(f"rules={rules!r} without a mesh; give the mesh that they are for, or leave them out")
@@ -58,13 +60,11 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
         if not isinstance(mesh, Mesh):
             raise ValueError(f"mesh={mesh!r}; expected a dsv3.parallel.Mesh, or None for one device")
         placement = Placement(mesh, rules or make_rules(), own_rank(), pipeline or Pipeline())
-        check_schedule(placement.pipeline.schedule, mesh.pipe, placement.pipeline.virtual, accumulate)
+        check(cfg, placement, accumulate)
     elif pipeline is not None:
         raise ValueError(f"pipeline={pipeline} without a mesh; give mesh=Mesh(pipe=...), or leave it out")
     if isinstance(recompute, str) and recompute != "selective":
         raise ValueError(f"recompute={recompute!r}; expected True, False, 'selective' or a tuple of layer numbers")
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate}; expected at least 1")
 
     steps: dict[Any, Callable] = {}
 

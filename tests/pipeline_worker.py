@@ -1,6 +1,6 @@
 """One process of a pipeline on CPUs, started by msrun: a few steps of each case, then its metrics and slices to files.
 
-    msrun ... pipeline_worker.py FOLDER, in which cases.json is {name: {mesh, changes, pipeline, accumulate, rows, length, steps, rate}}
+    msrun ... pipeline_worker.py FOLDER, in which cases.json is {name: arguments of run}
 """
 import json
 import sys

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 from mindspore.ops.primitive import constexpr
 

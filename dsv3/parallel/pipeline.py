@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
+from mindspore.ops.primitive import constexpr
 
 from ..config import Config
 from ..model import balance_of, entered, layers, make_block, score
@@ -25,10 +26,9 @@ from ..nn.vocab import embed
 from ..optim import is_state
 from ..transform import builder, jit, picker, value_and_grad
 from ..tree import flatten, paths, tree_map_with_path
-from .mesh import AXES
 from .schedules import Pipeline, tasks, timeline
 from .shard import Placement, group_of, psum
-from .stages import Chunk, chunks, moe_rows, part_of, reads_embedding
+from .stages import Chunk, chunks, held, moe_rows, part_of, reads_embedding
 from .update import make_reduce
 
 
@@ -52,26 +52,24 @@ def accumulated(params: Any, cfg: Config, placement: Placement | None, micro_bat
     leaves. micros: the rank's rows in parts that know the denominators of the whole. weight: of the MTP loss, float32.
     pieces: route, balance, recompute and mtp_prenorm of ``loss_fn``. found: of each chunk of the stage {"losses": [3] float32,
     main, MTP and balance, and, where it has MoE blocks, "load": [``stages.moe_rows``, E] int32}.
-    Raises ValueError for a schedule that cannot run and for a stage without a leaf.
     """
     mine, line = chunks(cfg, placement), placement.pipeline if placement else Pipeline()
     pipe, stage = (placement.mesh.pipe, placement.mesh.coords(placement.rank)["pipe"]) if placement else (1, 0)
     program = tasks(stage, timeline(line.schedule, pipe, line.virtual, micro_batches))
-    if not flatten(params):
-        raise ValueError(f"pipe={pipe}: stage {stage} would hold nothing at all; give it a layer: {line}")
     peers = {task.peer for task in program if task.what}
     if pipe > 1:
         meet(placement, peers)
     channels = {peer: channel(placement, peer) for peer in peers}
     share = 1 / len(placement.group("all")) if placement else 1.0
     parts = {chunk.index: _part(chunk, params, mine, cfg, placement, share, **pieces) for chunk in mine}
-    on_cpu = ms.get_context("device_target") == "CPU"  # where all is computed in float32 (``model.computable``)
-    dtype = ms.float32 if on_cpu else next(leaf.dtype for path, leaf in paths(params) if not is_state(path))
+    # As ``model.computable`` makes it.
+    dtype = ms.float32 if on_cpu() else next(leaf.dtype for path, leaf in paths(params) if not is_state(path))
 
     def run(leaves: tuple, biases: tuple, sums: tuple, micros: Sequence[dict], weight: Any) -> tuple:
         kept: dict[tuple[str, int, int], Tensor] = {}
         found = {c: part.nothing for c, part in parts.items()}
-        shape = (*micros[0]["tokens"].shape, cfg.hidden_size)
+        rows, length = micros[0]["tokens"].shape
+        shape = (rows, length // len(placement.group("residual_seq")) if placement else length, cfg.hidden_size)
         for task in program:
             c, m = task.chunk, task.micro
             if task.kind == "send":
@@ -96,9 +94,18 @@ def accumulated(params: Any, cfg: Config, placement: Placement | None, micro_bat
     return run
 
 
+def check(cfg: Config, placement: Placement, micro_batches: int) -> None:
+    """Raises ValueError for a schedule that cannot run, layers that do not fit, and a stage that would have nothing to do."""
+    line, mesh = placement.pipeline, placement.mesh
+    timeline(line.schedule, mesh.pipe, line.virtual, micro_batches)
+    for stage in range(mesh.pipe):
+        if not flatten(held(cfg, replace(placement, rank=mesh.rank(pipe=stage)))[0]):
+            raise ValueError(f"mesh {mesh}: stage {stage} would hold nothing at all; give it a layer: {line}")
+
+
 # -- the graphs of a chunk ---------------------------------------------------------------------------------------------
-def _part(chunk: Chunk, params: Any, mine: tuple[Chunk, ...], cfg: Config, placement: Placement | None, share: float, *, route: Callable | None,
-          balance: Callable | None, recompute: bool | tuple[int, ...], mtp_prenorm: bool) -> Part:
+def _part(chunk: Chunk, params: Any, mine: tuple[Chunk, ...], cfg: Config, placement: Placement | None, share: float, *,
+          route: Callable | None, balance: Callable | None, recompute: bool | tuple[int, ...], mtp_prenorm: bool) -> Part:
     rows, one_block = len(moe_rows(chunk, cfg)), make_block(cfg, route, balance)
     first, last, start = chunk.first, chunk.last, chunk.layers[0] if chunk.layers else 0
     embeds = chunk.embeds(cfg)
@@ -158,50 +165,80 @@ def _part(chunk: Chunk, params: Any, mine: tuple[Chunk, ...], cfg: Config, place
 
 
 # -- communication -----------------------------------------------------------------------------------------------------
+def on_cpu() -> bool:
+    """Whether the rank computes on a CPU."""
+    return ms.get_context("device_target") == "CPU"
+
+
+@constexpr
+def _meet(groups: tuple) -> int:
+    for ranks in groups:
+        group_of(ranks)
+    return 0
+
+
 def meet(placement: Placement, peers: set[int]) -> None:
     """Make the groups that join stages, in one order on all ranks: later, stages would come to them in orders of their own."""
     here, line = placement.rank, placement.mesh.group(placement.rank, "pipe")
-    groups = {tuple(sorted((here, line[peer]))) for peer in peers} | {line, placement.mesh.group(here, AXES)}
+    groups = {tuple(sorted((here, line[peer]))) for peer in peers} | {line, placement.group("world")}
     if here in (line[0], line[-1]):
         groups.add((line[0], line[-1]))
-    for ranks in sorted(groups):
-        group_of(ranks)
+    groups = tuple(sorted(groups))
+
+    @jit
+    def meeting(one):
+        _meet(groups)
+        return psum(one, "world")
+
+    meeting(np.ones(1, np.float32))
+
+
+@constexpr
+def _sender(pair: tuple, to: int):
+    """On the CPU, which has no Send, and Broadcast in the whole world only, a sum with the receiver's zeros."""
+    group = group_of(pair)
+    if on_cpu():
+        return ops.AllReduce(ops.ReduceOp.SUM, group)
+    return ops.Send(0, pair.index(to), group, group).add_prim_attr("dst_global_rank", to)  # as MindSpore's own passes say it
+
+
+@constexpr
+def _receiver(pair: tuple, source: int, shape: tuple, dtype: Any):
+    group = group_of(pair)
+    if on_cpu():
+        return ops.AllReduce(ops.ReduceOp.SUM, group)
+    return ops.Receive(0, pair.index(source), shape, dtype, group, group).add_prim_attr("src_global_rank", source)
+
+
+@constexpr
+def _start(shape: tuple, dtype: Any) -> Tensor:
+    return Tensor(np.zeros(shape if on_cpu() else 1, np.float32), dtype=dtype)
 
 
 def channel(placement: Placement, peer: int) -> tuple[Callable, Callable]:
     """(send(x), receive(shape, dtype) -> x) between this rank and the one of stage ``peer`` at the same place in it."""
-    here = placement.rank
-    there = placement.mesh.group(here, "pipe")[peer]
-    pair = tuple(sorted((here, there)))
-    group, graphs = group_of(pair), {}
-
-    if ms.get_context("device_target") == "CPU":  # whose collectives have no Send; Broadcast knows the world only
-        add = ops.AllReduce(ops.ReduceOp.SUM, group)
-
-        @jit
-        def both(x):
-            return add(x)
-
-        return both, lambda shape, dtype: both(np.zeros(shape, np.float32))
-
-    put = ops.Send(0, pair.index(there), group, group)
+    there, graphs = placement.mesh.group(placement.rank, "pipe")[peer], {}
+    pair = tuple(sorted((placement.rank, there)))
 
     @jit
     def send(x):
-        return ops.depend(ops.ones((1,), ms.float32), put(x))
+        return ops.depend(ops.ones((1,), ms.float32), _sender(pair, there)(x))
 
     def receive(shape: tuple[int, ...], dtype: Any) -> Tensor:
-        if (shape, dtype) not in graphs:
-            get = ops.Receive(0, pair.index(there), list(shape), dtype, group, group)
-
+        if shape not in graphs:
             @jit
-            def graph(start):
-                return get(start)
+            def receiving(one):
+                return _receiver(pair, there, shape, dtype)(ops.depend(_start(shape, dtype), one))
 
-            graphs[shape, dtype] = graph
-        return graphs[shape, dtype](np.zeros(1, np.float32))
+            graphs[shape] = receiving
+        return graphs[shape](np.ones(1, np.float32))
 
     return send, receive
+
+
+@constexpr
+def _adder(ranks: tuple):
+    return ops.AllReduce(ops.ReduceOp.SUM, group_of(ranks))
 
 
 def embedding_joiner(params: Any, cfg: Config, placement: Placement | None) -> Callable:
@@ -211,11 +248,11 @@ def embedding_joiner(params: Any, cfg: Config, placement: Placement | None) -> C
     if not (is_end and any(chunk.embeds(cfg) for chunk in mine) and reads_embedding(cfg)):
         return lambda sums: None
     line, names = placement.mesh.group(placement.rank, "pipe"), [path for path, _ in paths(params) if not is_state(path)]
-    place, add = names.index("embed"), ops.AllReduce(ops.ReduceOp.SUM, group_of((line[0], line[-1])))
+    place, ends = names.index("embed"), (line[0], line[-1])
 
     @jit
     def join(total):
-        return ops.assign(total, add(total))
+        return ops.assign(total, _adder(ends)(total))
 
     return lambda sums: join(sums[place])
 

@@ -4,6 +4,7 @@ A pipeline of P stages cuts the model into chunks of consecutive layers: one a s
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,6 +114,7 @@ class Action:
     micro: int
 
 
+@functools.cache
 def timeline(schedule: str, pipe: int, virtual: int, micro_batches: int) -> tuple[Action, ...]:
     """What every stage does when, by tick and then stage: at each tick the first thing it wants that is ready.
 

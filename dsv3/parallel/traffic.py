@@ -20,10 +20,10 @@ from __future__ import annotations
 from collections import Counter
 
 from ..config import Config
+from ..model import param_specs
 from ..optim import is_state
 from ..spec import DTYPES, is_spec
 from ..tree import paths
-from ..model import param_specs
 from .ir import Collective
 from .rules import local_shape
 from .shard import Placement
