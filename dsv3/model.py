@@ -21,7 +21,7 @@ from .nn.rope import rope_tables
 from .nn.router import route as default_route
 from .nn.vocab import embed, head, token_losses
 from .parallel.rows import gather_seq, own_seq
-from .parallel.shard import parts, psum
+from .parallel.shard import on_cpu, parts, psum
 from .parallel.zero import cuts_params, gathered, shard_names
 from .spec import DTYPES, ParamSpec, draw, normal, ones
 from .transform import compiled
@@ -59,11 +59,6 @@ def init(cfg: Config, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
-@constexpr
-def _on_cpu() -> bool:
-    return ms.get_context("device_target") == "CPU"
-
-
 def computable(params: Any) -> Any:
     """The CPU has no bfloat16 kernels: there every leaf is widened once, at the graph's entry, and gradients narrow."""
     def widen(leaf):
@@ -71,7 +66,7 @@ def computable(params: Any) -> Any:
             return leaf
         return leaf.astype(ms.float32)
 
-    if _on_cpu():
+    if on_cpu():
         return tree_map(widen, params)
     return params
 

@@ -27,7 +27,7 @@ from ..optim import is_state
 from ..transform import builder, jit, picker, value_and_grad
 from ..tree import flatten, paths, tree_map_with_path
 from .schedules import Pipeline, tasks, timeline
-from .shard import Placement, group_of, psum
+from .shard import Placement, group_of, on_cpu, psum
 from .stages import Chunk, chunks, held, moe_rows, part_of, reads_embedding
 from .update import make_reduce
 
@@ -165,11 +165,6 @@ def _part(chunk: Chunk, params: Any, mine: tuple[Chunk, ...], cfg: Config, place
 
 
 # -- communication -----------------------------------------------------------------------------------------------------
-def on_cpu() -> bool:
-    """Whether the rank computes on a CPU."""
-    return ms.get_context("device_target") == "CPU"
-
-
 @constexpr
 def _meet(groups: tuple) -> int:
     for ranks in groups:
