@@ -55,7 +55,7 @@ def parts(cfg: Config, placement: Placement) -> tuple[Part, ...]:
     def box(spec: ParamSpec, leaf: str, state: bool) -> Box:
         return tuple((s.start, s.stop) for s in local_slices(spec, mesh, rules, coords, leaf, state=state))
 
-    return tuple(Part(leaf, path, spec, box(spec, leaf, False), box(spec, leaf, True))
+    return tuple(Part(leaf, path, spec, box(spec, leaf, rules.zero == 3), box(spec, leaf, True))
                  for (path, spec), leaf in zip(paths(specs, is_spec), names))
 
 
@@ -92,8 +92,8 @@ def groups_of(opt_state: dict[str, Any], held_parts: tuple[Part, ...]) -> tuple[
         if not isinstance(value, (dict, tuple)):
             out.append(Group(key, "leaf", leaves.dtype_of(value, key), tuple(value.shape)))
             continue
-        is_tree = [path for path, _ in paths(value)] == everything
-        if not is_tree and sorted(value) != sorted(free):
+        is_tree = "layers" in value  # which is no path of a leaf; a stage may have no leaf that masters leave out
+        if sorted(path for path, _ in paths(value)) != sorted(everything if is_tree else free):
             raise ValueError(f"opt_state[{key!r}]: expected one value, a tree like the params, or a dict from paths of leaves")
         kind = "tree" if is_tree else "masters"
         out.append(Group(key, kind, leaves.dtype_of(flatten(value)[0], key)))

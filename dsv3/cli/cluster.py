@@ -96,7 +96,7 @@ def check_shared(world: Any, out: Path) -> None:
 # -- params and checkpoints --------------------------------------------------------------------------------------------
 def partition(placement: Any) -> dict[str, Any]:
     """What ``make_train_step`` is told."""
-    return {} if placement is None else {"mesh": placement.mesh, "rules": placement.rules}
+    return {} if placement is None else {"mesh": placement.mesh, "rules": placement.rules, "pipeline": placement.pipeline}
 
 
 def describe(world: Any, placement: Any, params: Any) -> str:
@@ -113,9 +113,14 @@ def fresh(placement: Any, cfg: Any, optimizer: Any, seed: int, dtype: str) -> tu
     """(params, opt_state) of step 0, this rank's part."""
     from ..checkpoint import sharded
     from ..model import init
+    from ..parallel.stages import held
+    from ..parallel.update import init_state
 
-    params = init(cfg, seed, dtype) if placement is None else sharded.draw_part(cfg, placement, seed, dtype)
-    return params, optimizer.init(params)
+    if placement is None:
+        params = init(cfg, seed, dtype)
+        return params, optimizer.init(params)
+    params = sharded.draw_part(cfg, placement, seed, dtype)
+    return params, init_state(optimizer, params, held(cfg, placement)[0], placement)
 
 
 def latest(world: Any, placement: Any, out: Path) -> Path | None:

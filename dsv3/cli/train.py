@@ -40,7 +40,8 @@ def add(commands: argparse._SubParsersAction) -> None:
                    help="step of the router bias towards even load (the report's 0.001 suits runs of many thousand steps)")
     p.add_argument("--moment-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's moments")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the params")
-    p.add_argument("--recompute", action="store_true", help="recompute every block in the backward pass")
+    p.add_argument("--recompute", nargs="?", const="full", choices=("full", "selective"),
+                   help="in the backward pass: every block, or norms and MLA up-projections alone")
     p.add_argument("--reset-position-ids", action="store_true", help="count positions anew in each document")
     p.add_argument("--reset-attention-mask", action="store_true", help="attend within a document only")
     p.add_argument("--eod-mask-loss", action="store_true", help="no loss where the input ends a document")
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
                       moment_dtype=args.moment_dtype)
     step = make_train_step(
         cfg, optimizer, **cluster.partition(placement), balance=make_balance(cfg, sequence=args.balance_weight),
-        accumulate=args.accumulate, recompute=args.recompute,
+        accumulate=args.accumulate, recompute={None: False, "full": True}.get(args.recompute, args.recompute),
         mtp_weight=paper_mtp_weight(args.seq_length) if is_paper else args.mtp_weight,
         bias_update_rate=paper_bias_update_rate(args.seq_length) if is_paper else args.bias_update_rate)
     part, parts = cluster.rows(placement)
@@ -119,6 +120,9 @@ def run(args: argparse.Namespace) -> int:
         with cluster.at_place(placement):
             return mean_loss(evaluate_batch, params, data.batches(held_out, rows, stop_sample=stop, shard=(part, parts)))
 
+    staged = placement is not None and placement.mesh.pipe > 1
+    if staged and world.rank == 0:
+        say("no evaluation on the held-out split during a pipeline run; resume on a mesh without pipe for one")
     settings = recipe(args, corpus)
     out.mkdir(parents=True, exist_ok=True)
     cluster.check_shared(world, out)
@@ -164,8 +168,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         params, opt_state = train(
             watched_step, params, opt_state, cluster.announced(world, feed), steps=args.steps,
-            log=cluster.logger(world, placement, report), evaluate=evaluate, eval_every=args.eval_every or args.steps, save=save,
-            save_every=args.save_every, should_stop=should_stop, on_nonfinite=args.on_nonfinite)
+            log=cluster.logger(world, placement, report), evaluate=None if staged else evaluate,
+            eval_every=args.eval_every or args.steps, save=save, save_every=args.save_every, should_stop=should_stop,
+            on_nonfinite=args.on_nonfinite)
     except NotFinite as error:
         if report:
             report.close()
