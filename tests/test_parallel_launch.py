@@ -1,6 +1,6 @@
 """Launch: the watch over the ranks, mistakes refused in one line, and real processes that train, lose one, and go on elsewhere.
 
-Planted faults this file was seen to catch: see the list at its end.
+Planted faults this file was seen to catch: connections that end are not noticed by rank 0; the end of rank 0 not noticed.
 """
 import json
 import os
