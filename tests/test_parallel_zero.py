@@ -1,7 +1,7 @@
 """ZeRO 1, 2 and 3, gradient accumulation, recompute and bfloat16 on a mesh, against one device.
 
 In real processes of the CPU, whose ReduceScatter and AllGather are made of sums; and, with Ascend's own, in lockstep.
-Planted faults this file was seen to catch:
+Planted faults this file was seen to catch: masters that are not updated; a norm that counts a rank's part as a whole leaf.
 """
 import functools
 import json
