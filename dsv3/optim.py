@@ -12,6 +12,7 @@ from mindspore.ops.primitive import constexpr
 
 from .kernels.adamw import adamw_update, global_norm_sq, store
 from .schedule import Schedule, value_at
+from .spec import is_state as is_state
 from .transform import compiled
 from .tree import fill, flat_paths, flatten, paths, tree_map
 
@@ -42,11 +43,6 @@ class Optimizer:
 def matrices(path: str, shape: tuple[int, ...]) -> bool:
     """The default mask of weight decay: leaves with two or more dims, so neither norms nor biases."""
     return len(shape) >= 2
-
-
-def is_state(path: str) -> bool:
-    """Leaves that no gradient moves: the router's choice bias has a rule of its own."""
-    return path.endswith("router.bias")
 
 
 _map = ops.Map()  # a loop over leaves nests one graph call a leaf, which compiles far slower

@@ -57,6 +57,11 @@ def is_spec(x: Any) -> bool:
     return isinstance(x, ParamSpec)
 
 
+def is_state(path: str) -> bool:
+    """Leaves that no gradient moves: the router's choice bias has a rule of its own."""
+    return path.endswith("router.bias")
+
+
 def count(specs: Any) -> int:
     """Parameters declared by a tree of ParamSpec; nothing is allocated."""
     return sum(spec.size for _, spec in paths(specs, is_spec))

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "transform": {"tree"},
     "nn": {"config", "spec", "kernels", "parallel"},  # parallel.shard: communication by name
     "model": {"nn", "spec", "config", "kernels", "transform", "tree", "parallel"},
-    "optim": {"kernels", "schedule", "transform", "tree"},
+    "optim": {"kernels", "schedule", "spec", "transform", "tree"},
     "counts": {"config", "model", "spec", "tree"},
     "data": {"tree", "config"},
     "train": FOUNDATION,

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ..optim import is_state
-from ..spec import ParamSpec, is_spec
+from ..spec import ParamSpec, is_spec, is_state
 from ..tree import paths
 from .mesh import AXES, Mesh, divisors, expand
 
