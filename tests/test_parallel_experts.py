@@ -21,7 +21,7 @@ from experts_worker import ROUTES, inputs, run, run_all
 import dsv3
 from dsv3.nn.dispatch import form_of, ranks_visited
 from dsv3.nn.moe import moe_spec
-from dsv3.parallel import lockstep
+from dsv3.parallel import lockstep, lockstep_ops
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.recorded import replay
 from dsv3.parallel.rules import local_slices, make_rules
@@ -143,3 +143,25 @@ def test_refusals():
         Placement(Mesh.parse(EP4), make_rules(dispatch="two_level", node=3))
     with pytest.raises(ValueError, match="experts over"):
         Placement(Mesh.parse(EP4), make_rules().replace("expert", ("replica",)))
+
+
+def test_lockstep_multiplies_groups_as_documented():
+    """The example of MindSpore's documentation of grouped_matmul_v4, and the gradient of its weights by finite differences."""
+    def apply(x, w, groups, kind, as_counts):
+        rest = [None] * 6 + [np.array(groups)] + [None] * 3 + [3, kind, as_counts, 0, None]
+        return lockstep_ops.PRIMITIVES["GroupedMatmulV4"](None, (x,), (w,), *rest)[0]
+
+    x = np.array([0, 1, 2, 2, 1, 1], np.float32)[:, None] * np.ones((1, 4), np.float32)
+    w = np.arange(32, dtype=np.float32).reshape(4, 4, 2)
+    out = [[0, 0], [44, 48], [88, 96], [152, 160], [108, 112], [108, 112]]
+    np.testing.assert_array_equal(apply(x, w, [1, 2, 1, 2], 0, 1), out)
+    np.testing.assert_array_equal(apply(x, w, [1, 3, 4, 6], 0, 0), out)
+    assert np.isnan(apply(x, w, [1, 3, 4, 5], 0, 0)[5]).all()
+    rng = np.random.default_rng(0)
+    x, w, dout = rng.standard_normal((6, 4)), rng.standard_normal((3, 4, 2)), rng.standard_normal((6, 2)).astype(np.float32)
+    step = np.zeros_like(w)
+    step[2, 1, 0] = 1
+    dw = apply(x.T, dout, [2, 2, 6], 2, 0)  # the second group has no rows
+    slope = (dout * (apply(x, w + step, [2, 2, 6], 0, 0) - apply(x, w - step, [2, 2, 6], 0, 0)) / 2).sum()  # linear in w
+    np.testing.assert_allclose(dw[2, 1, 0], slope, rtol=1e-5)
+    np.testing.assert_array_equal(dw[1], np.zeros((4, 2)))
