@@ -287,7 +287,7 @@ ELEMENTWISE: dict[str, Callable] = {
     "LogicalAnd": np.logical_and, "LogicalNot": np.logical_not, "LogicalOr": np.logical_or,
     "MaskedFill": lambda x, mask, value: np.where(mask, value, x), "Maximum": np.maximum, "Minimum": np.minimum,
     "Mul": np.multiply, "Muls": np.multiply, "Neg": np.negative, "NotEqual": np.not_equal, "Pow": np.power,
-    "PowTensorScalar": np.power,
+    "PowTensorScalar": np.power, "RemainderTensorScalar": np.mod,
     "LessScalar": np.less, "LessEqualScalar": np.less_equal, "GreaterScalar": np.greater, "GreaterEqualScalar": np.greater_equal,
     "EqualScalar": np.equal, "NotEqualScalar": np.not_equal,
     "RealDiv": np.true_divide, "Reciprocal": np.reciprocal, "Round": lambda x, *_: np.rint(x), "Rsqrt": lambda x: 1 / np.sqrt(x),
