@@ -96,7 +96,8 @@ def make_rules(*, sequence_parallel: bool = False, experts: str = "tensor", voca
     "residual_seq" and "residual_tokens". experts: "tensor", each expert cut over ``model`` inside its ``expert`` rank;
     "extend", whole experts over expert * model ranks (Megatron's and MindSpeed's moe-tp-extend-ep); "whole", whole
     experts over ``expert`` ranks, copied over ``model``, whose ranks then route their own part of the tokens (MindSpore
-    Transformers with expert_model_parallel 1). dispatch, node: as in ``Rules``. vocab_parallel=False copies embedding and head (``vocab_emb_dp``).
+    Transformers with expert_model_parallel 1). dispatch, node: as in ``Rules``. vocab_parallel=False copies embedding and head
+    (``vocab_emb_dp``).
     Raises ValueError for settings that do not exist.
     """
     if experts not in EXPERTS:
