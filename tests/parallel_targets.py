@@ -190,7 +190,8 @@ def driven(steps=1, fault=None):
     @jit
     def add(w, sums, batch):
         loss, grad = gradient(w, batch["x"])
-        return {"loss": total(ops.depend(loss, ops.assign_add(sums["w"], total(grad)))), "parts": (loss, grad.astype(ms.bfloat16))}
+        added = ops.assign_add(sums["w"], total(grad))
+        return {"loss": total(ops.depend(loss, added)), "parts": (loss, grad.astype(ms.bfloat16))}
 
     @jit
     def apply(w, sums):

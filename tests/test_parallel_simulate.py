@@ -273,7 +273,7 @@ def test_collectives_of_called_graphs_count_for_every_call(tmp_path):
     ("# IR entry: @top_9", "# IR entry: @inner_7", "cannot count how often .'back_8', 'top_9'. run"),
     (', group_rank_ids: (4, 6)', "", None),
     ('group: "g", op: "sum", group_rank_ids: (4, 6), ', "", "names no group"),
-    ("dst_global_rank: I64(12), ", "", "Send without dst_global_rank"),
+    ("dst_global_rank: I64(12), ", "", "Send without dest_rank"),
     ("# IR entry: @top_9", "# IR entry: @other", "of 'other', which is called but not among"),
     ("<Ref[Tensor[Float32]], (6, 5), ref_key=p>) -> (<Tensor[Float32], (3, 5)>", "<A>) -> (<B>", "of a type that is not known"),
 ])
@@ -300,7 +300,8 @@ def test_last_graph(tmp_path):
 def test_result_types(tmp_path, returned, types):
     path = tmp_path / "a.ir"
     inner = "subgraph @inner() {\n  Return(%0)\n      : (<Tensor[Bool], (9)>)\n}\n"
-    path.write_text(f"# IR entry: @top_9\n{inner}subgraph @top_9(%a) {{\n  Return(%1) cnode_attrs: {{x: (1)}}\n      : ({returned})\n}}\n")
+    path.write_text(f"# IR entry: @top_9\n{inner}subgraph @top_9(%a) {{\n  Return(%1) cnode_attrs: {{x: (1)}}\n"
+                    f"      : ({returned})\n}}\n")
     assert ir.result_types(path) == types
 
 
@@ -316,7 +317,8 @@ def test_summary():
     collectives = (Collective("AllReduce", "sum", (0, 1), "Float32", (512, 1024), 2**21, True, 3),
                    Collective("AllGather", "", tuple(range(0, 512, 8)), "BFloat16", (256, 4), 2**21, False, 2))
     report = simulate.Report(rank=0, ranks=512, seconds=1.25, host_bytes=2**31, device_bytes=None, collectives=collectives,
-                             graphs=(simulate.GraphReport("part", (), 0, 3, 1.0, collectives, None),), value=None, program=None, cann="stand-in for CANN")
+                             graphs=(simulate.GraphReport("part", (), 0, 3, 1.0, collectives, None),), value=None,
+                             program=None, cann="stand-in for CANN")
     head, columns, first, second, total, graph = simulate.summary(report)
     assert graph == "graph part: 3 calls of 5 collectives, compiled in 1.0 s"
     assert head == "rank 0 of 512: compiled in 1.2 s, host memory 2.00 GiB, stand-in for CANN"

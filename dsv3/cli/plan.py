@@ -110,6 +110,26 @@ def _simulate(cfg, made, ranks: list[int]) -> None:
            "recompute": [_number(part.name, cfg) for stage in made.stages for part, mode in stage.blocks if mode == 2]}
     for report in simulate_many("dsv3.parallel.program:record_steps", job, mesh.size, ranks, timeout=3600):
         print("\n" + "\n".join(summary(report)))
+        place = Placement(mesh, rules, report.rank)
+        print(_beside(report, cfg, place, step, "with recomputation" if job["recompute"] else ""))
+
+
+def _beside(report, cfg, place, step, unknown: str) -> str:
+    """What the compiled step sends beside what arithmetic says, by kind and group."""
+    from ..parallel.plan import aligned
+    from ..parallel.traffic import of_program, traffic
+
+    found = of_program(report.collectives)
+    try:
+        if unknown:
+            raise ValueError(f"what it sends is not worked out {unknown}")
+        wanted = traffic(cfg, place, step.micro_batch_size, step.seq_length, step.micro_batches, step.dtype)
+    except ValueError as error:
+        return f"arithmetic: {error}"
+    rows = [("bytes a step", "ranks", "compiled", "arithmetic")]
+    for kind, group in sorted(found | wanted):
+        rows.append((kind, f"{group[0]} .. {group[-1]}, {len(group)}", f"{found[kind, group]:,}", f"{wanted[kind, group]:,}"))
+    return aligned(rows, left=range(2))
 
 
 def _number(part: str, cfg) -> int:

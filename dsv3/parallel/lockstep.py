@@ -48,7 +48,8 @@ class Closure:
 
 def load(path: str | Path, rank: int) -> Program:
     """Read the exported program of ``rank``. Raises ValueError naming the nodes that cannot be interpreted."""
-    return mindir.load(path, rank, PRIMITIVES.keys() | COLLECTIVE.keys() | POINT_TO_POINT.keys() | ASSIGNMENTS.keys() | STRUCTURAL)
+    known = (PRIMITIVES, COLLECTIVE, POINT_TO_POINT, ASSIGNMENTS)
+    return mindir.load(path, rank, STRUCTURAL.union(*known))
 
 
 # -- one rank ----------------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def run(programs: Sequence[Program], feeds: Sequence[Sequence[np.ndarray]]) -> l
     return [result for result, _ in together([execute(p, feed, world) for p, feed in zip(programs, feeds)])]
 
 
-def execute(program: Program, feed: Sequence[np.ndarray], world: int) -> Generator[Arrival, Any, tuple[Any, dict[int, np.ndarray]]]:
+def execute(program: Program, feed: Sequence[np.ndarray], world: int) -> Generator[Arrival, Any, tuple[Any, dict]]:
     """One rank's program: yields at collectives, is sent their results, and returns its result and, by their places, the
     inputs that it has assigned to. Raises ValueError for inputs that do not fit."""
     arrays = _checked(program, feed)
@@ -245,7 +246,8 @@ def _meet(waiting: dict[int, Arrival], rank: int, mail: dict) -> dict[int, Any]:
     if here.node.op == "Receive":
         queue = mail[(*here.group, here.node.attrs.get("sr_tag"))]
         return {rank: queue.popleft()} if queue and waiting.pop(rank) else {}
-    there = [waiting[r] for r in here.group if r in waiting and waiting[r].group == here.group and waiting[r].node.op != "Receive"]
+    waiters = [waiting[r] for r in here.group if r in waiting]
+    there = [w for w in waiters if w.group == here.group and w.node.op != "Receive"]
     if any(other.terms != here.terms for other in there):
         places = "; ".join(_place(r, waiting[r], mail) for r in here.group if r in waiting)
         raise RuntimeError(f"ranks of the group {list(here.group)} meet in different collectives: {places}")

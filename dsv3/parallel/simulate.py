@@ -99,8 +99,8 @@ def summary(report: Report) -> list[str]:
                      f"{str(list(c.shape)):<24}{c.bytes / mib:>10.3f}{c.count * c.wire_bytes / mib:>10.3f}")
     count, wire = sum(c.count for c in report.collectives), sum(c.count * c.wire_bytes for c in report.collectives)
     lines.append(f"{'total':<20}{count:>6}  {'':<81}{wire / mib:>10.3f}")
-    lines += [f"graph {g.name}: {g.calls} calls of {sum(c.count for c in g.collectives)} collectives, compiled in {g.seconds:.1f} s"
-              for g in report.graphs]
+    lines += [f"graph {g.name}: {g.calls} calls of {sum(c.count for c in g.collectives)} collectives, "
+              f"compiled in {g.seconds:.1f} s" for g in report.graphs]
     return lines
 
 

@@ -5,19 +5,19 @@ rank, with n = B T, hidden size D, K experts a token, E experts, a bytes an elem
 along "expert":
 
 - tensor: every sum at the end of attention, ffn and embedding is n D a, an AllReduce, and once more in the backward pass, whose
-  derivative of a sum is a sum. With sequence parallelism each is a ReduceScatter, whose derivative is an AllGather, and what goes
-  into the products is gathered: the query's latent n Q a, the keys' and rotary latent n (C + R) a, the ffn's input n D a, the
-  head's input n D a, a router's choice and weights 4 n K each (the choice has no derivative). Cross entropy over a cut vocabulary
-  sums 4 n for the maximum, which has no derivative, and 4 n each for the sum of exponentials and the label's logit.
-- expert: the ranks that share the experts gather e n rows of D, their choices and weights, and scatter the sums of e n rows.
+  derivative of a sum is a sum. Cross entropy over a cut vocabulary takes 4 n for the maximum, which has no derivative, and 4 n
+  each for the sum of exponentials and the label's logit.
+- expert: the ranks that share the experts gather e n rows of D, their choices (which have no derivative) and their weights,
+  4 K bytes a row each, and scatter the sums of e n rows; the derivative of a gather is a scatter and the other way round.
 - data: the gradient of every leaf, summed over the ranks that hold copies of it, float32 when micro-batches are added up.
 - small: tokens an expert, 4 E a MoE block; 4 bytes for each loss, its derivative and the gradients' norm; the denominators.
 
-An MTP module at depth k sees T - k positions of a row, or all T when rows are cut.
+An MTP module at depth k sees T - k positions of a row.
 """
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 
 from ..config import Config
 from ..model import param_specs
@@ -32,12 +32,13 @@ Traffic = Counter  # (kind, group) -> bytes of payload of one step
 
 
 def traffic(cfg: Config, place: Placement, rows: int, length: int, micro_batches: int, dtype: str) -> Traffic:
-    """Of one step without recomputation. rows: of one micro-batch on this rank. Raises ValueError for what is not counted here:
-    a pipeline, ZeRO, rows cut over ``context``, and experts dispatched otherwise than by gathering."""
-    rules, mesh, cut = place.rules, place.mesh, bool(place.axes("residual"))
-    if mesh.pipe > 1 or rules.zero or mesh.context > 1 or cut:
+    """Of one step without recomputation. rows: of one micro-batch on this rank. Raises ValueError for what is not worked out:
+    a pipeline, ZeRO, and rows that are cut over ``context`` or by sequence parallelism."""
+    rules, mesh = place.rules, place.mesh
+    if mesh.pipe > 1 or rules.zero or place.axes("residual_seq"):
         raise ValueError(f"mesh {mesh}: what it sends is not worked out for a pipeline, ZeRO, or rows that are cut")
-    a, D, K, E, depths = DTYPES[dtype], cfg.hidden_size, cfg.num_experts_per_tok, cfg.n_routed_experts, cfg.num_nextn_predict_layers
+    a, D, K, E = DTYPES[dtype], cfg.hidden_size, cfg.num_experts_per_tok, cfg.n_routed_experts
+    depths = cfg.num_nextn_predict_layers
     found: Traffic = Counter()
 
     def add(name: str, kind: str, size: int, times: int = 1) -> None:
@@ -74,15 +75,12 @@ def traffic(cfg: Config, place: Placement, rows: int, length: int, micro_batches
         scores(rows * (length - k))
     summed("batch", 4)  # the balance loss
     found = Counter({key: micro_batches * size for key, size in found.items()})
-    if micro_batches > 1:
-        add("tokens", "AllReduce", 4 * (depths + 2))
+    add("tokens", "AllReduce", 4 * (depths + 2) if micro_batches > 1 else 4 * (depths + 1))  # what losses are divided by
     add("all", "AllReduce", 4)
     for path, spec in paths(param_specs(cfg), is_spec):
         if not is_state(path):
-            size = 1
-            for n in local_shape(spec, mesh, rules, path):
-                size *= n
-            add(place.copies(spec, path), "AllReduce", size * (4 if micro_batches > 1 else DTYPES[spec.dtype or dtype]))
+            each = 4 if micro_batches > 1 else DTYPES[spec.dtype or dtype]
+            add(place.copies(spec, path), "AllReduce", prod(local_shape(spec, mesh, rules, path)) * each)
     return found
 
 
