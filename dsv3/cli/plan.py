@@ -108,7 +108,7 @@ def _simulate(cfg, made, ranks: list[int]) -> None:
            "length": step.seq_length, "accumulate": step.micro_batches, "dtype": step.dtype, "empty": True,
            "rules": {"zero": rules.zero, "shard_size": rules.shard_size} | _switches(rules),
            "recompute": [_number(part.name, cfg) for stage in made.stages for part, mode in stage.blocks if mode == 2]}
-    for report in simulate_many("dsv3.parallel.program:record_steps", job, mesh.size, ranks, timeout=3600):
+    for report in simulate_many("dsv3.cli.rank:record_steps", job, mesh.size, ranks, timeout=3600):
         print("\n" + "\n".join(summary(report)))
         place = Placement(mesh, rules, report.rank)
         print(_beside(report, cfg, place, step, "with recomputation" if job["recompute"] else ""))

@@ -5,25 +5,19 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, mint
+from mindspore import Tensor
 from mindspore.communication import get_rank
 
 from ..config import PRESETS, Config
-from ..model import init, loss_fn, param_specs
+from ..model import loss_fn, param_specs
 from ..nn.router import updated_bias
 from ..optim import adamw
-from ..train import make_train_step
 from ..transform import enter_graph, whole_program
-from ..tree import paths, tree_map, tree_map_with_path
 from . import bind, shard
-from .groups import own_rank
 from .mesh import Mesh
-from .rules import Rules, local_slices, make_rules
-from .schedules import Pipeline
+from .rules import Rules, make_rules
 from .shard import Placement
 from .simulate import Step
-from .stages import held, own
-from .update import init_state
 
 STATE_AXES = ("replica", "expert", "context", "model")  # over which MindSpore's parallel optimizer counts copies
 
@@ -95,60 +89,3 @@ def own_rows(placement: Placement, array: np.ndarray) -> np.ndarray:
 def hyper(optimizer: Any, step: int, bias_rate: float = 0.001, mtp_weight: float = 0.3) -> np.ndarray:
     """The vector that ``bind.mesh_step``'s step takes."""
     return np.concatenate([optimizer.hyper(step), np.array([bias_rate, mtp_weight], np.float32)])
-
-
-# -- the step that Python drives ---------------------------------------------------------------------------------------
-def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: int = 1, rules: dict[str, Any] | None = None,
-              changes: dict | None = None, learning_rate: float = 1e-2, accumulate: int = 1, dtype: str = "float32",
-              empty: bool = False, recompute: Any = False, pipeline: dict[str, Any] | None = None) -> tuple[Any, list[dict]]:
-    """``make_train_step(mesh=...)`` on this rank's part of ``init`` with seed 0 and of batches of ``rows`` x ``length``, the
-    same as ``batch_of`` of the seeds 1, 2, ... Returns (params, metrics of every step).
-
-    model, changes, rules: see ``train_step``. empty: params and state have shapes and no values, so that a step which no host
-    could hold is compiled without their memory.
-    """
-    cfg = (PRESETS[model] if isinstance(model, str) else Config.from_hf(model)).replace(**(changes or {}))
-    table, optimizer = make_rules(**(rules or {})), adamw(learning_rate)
-    line = Pipeline(**{k: tuple(v) if isinstance(v, list) else v for k, v in (pipeline or {}).items()})
-    placement = Placement(Mesh.parse(mesh), table, own_rank(), line)
-    specs = held(cfg, placement)[0]
-    params = blank(specs, placement, dtype, table.zero == 3) if empty else own(init(cfg, 0, dtype), cfg, placement)
-    state = blank_state(specs, placement, dtype) if empty else init_state(optimizer, params, specs, placement)
-    recompute = tuple(recompute) if isinstance(recompute, list) else recompute
-    step, metrics = make_train_step(cfg, optimizer, mesh=placement.mesh, rules=table, accumulate=accumulate,
-                                    recompute=recompute, pipeline=line), []
-    for i in range(steps):
-        batch = {"tokens": own_rows(placement, batch_of(cfg, rows, length, 1 + i))}
-        params, state, found = step(params, state, batch)
-        metrics.append(found)
-    return params, metrics
-
-
-def record_steps(**job: Any) -> None:
-    """A target of ``simulate``: ``run_steps`` of its arguments."""
-    run_steps(**job)
-
-
-def blank(specs: Any, placement: Placement, dtype: str, state: bool = False) -> Any:
-    """A rank's params as tensors of a simulated device that were never written, and so take no memory of the host.
-
-    state: the parts of which the rank keeps the optimiser's state.
-    """
-    coords = placement.mesh.coords(placement.rank)
-
-    def leaf(path: str, spec: Any) -> Tensor:
-        where = local_slices(spec, placement.mesh, placement.rules, coords, path, state=state)
-        return mint.empty(tuple(s.stop - s.start for s in where), dtype=getattr(ms, spec.dtype or dtype))
-
-    return tree_map_with_path(leaf, specs)
-
-
-def blank_state(specs: Any, placement: Placement, dtype: str) -> dict:
-    """AdamW's state of blank params, as ``update.init_state`` makes it."""
-    def one(leaf: Tensor) -> Tensor:
-        return mint.empty(leaf.shape, dtype=ms.float32)
-
-    parts = blank(specs, placement, dtype, True)
-    state = {"step": Tensor(np.zeros((), np.int32)), "m": tree_map(one, parts), "v": tree_map(one, parts)}
-    masters = {path: one(leaf) for path, leaf in paths(parts) if leaf.dtype != ms.float32}
-    return state | {"masters": masters} if masters else state
