@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "generate": FOUNDATION,
     "lora": FOUNDATION,
     "checkpoint": FOUNDATION,
-    "parallel": FOUNDATION | {"train"},  # parallel.program: the step as a target of simulate
+    "parallel": FOUNDATION,
 }
 ANYTHING = {"cli", "bench", "serve", "__init__", "__main__"}
 NO_MINDSPORE = {"config", "tree", "spec", "report", "data"}

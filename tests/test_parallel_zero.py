@@ -14,11 +14,11 @@ from test_parallel_numbers import CHANGES, LENGTH, RATE, ROWS, STEPS, on_one_dev
 from test_parallel_processes import assert_equal, launch
 
 import dsv3
+from dsv3.cli.rank import run_steps
 from dsv3.model import param_specs
 from dsv3.optim import is_state
 from dsv3.parallel.memory import Run, leaf_bytes
 from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.program import run_steps
 from dsv3.parallel.recorded import array_of, replay
 from dsv3.parallel.rules import leaves, local_slices, make_rules
 from dsv3.parallel.shard import Placement
@@ -98,7 +98,7 @@ def test_lockstep(tmp_path, case):
     wanted, final = alone(tuple(changes.items()), options.get("accumulate", 1))
     job = {"model": "TINY", "mesh": "data=2", "rows": ROWS, "length": LENGTH, "rules": rules, "changes": changes,
            "learning_rate": RATE} | options
-    reports = simulate_ranks("dsv3.parallel.program:record_steps", job, mesh.size, keep=tmp_path, export=True)
+    reports = simulate_ranks("dsv3.cli.rank:record_steps", job, mesh.size, keep=tmp_path, export=True)
     for rank, (params, metrics) in enumerate(replay(lambda: run_steps(**job, steps=STEPS), reports)):
         for ours, theirs in zip(metrics, wanted, strict=True):
             np.testing.assert_array_equal(array_of(ours["load"]), theirs["load"])
