@@ -5,7 +5,6 @@ Planted faults this file was seen to catch: masters that are not updated; a norm
 """
 import functools
 import json
-import re
 
 import mindspore as ms
 import numpy as np
@@ -29,7 +28,6 @@ from dsv3.tree import paths
 
 # one MoE block; q_lora 33: wq_b [33, 192] and q_norm [33] do not divide by 2 and stay whole
 ODD = CHANGES | {"q_lora_rank": 33, "num_hidden_layers": 1, "first_k_dense_replace": 0}
-WITH_MTP = ODD | {"num_nextn_predict_layers": 1}
 
 
 @functools.cache
@@ -87,7 +85,6 @@ def test_bfloat16_params_have_float32_masters_of_a_rank_s_parts(tmp_path):
 
 LOCKSTEP = {
     "dp2 ZeRO-2, accumulate": ({"zero": 2}, {"accumulate": 2}, ODD),
-    "dp2 ZeRO-3, recompute": ({"zero": 3}, {"recompute": True}, WITH_MTP),
 }
 
 
@@ -110,9 +107,8 @@ def test_lockstep(tmp_path, case):
             assert np.abs(array_of(held[path]) - final[path][part]).max() < 1e-5, path
     cut = [leaf for leaf in leaves(param_specs(cfg), mesh, table) if leaf.shards > 1 and not is_state(leaf.path)]
     whole = 4 * sum(leaf.size for leaf in cut)
-    blocks = 4 * sum(leaf.size for leaf in cut if re.search(r"\.(attn|mlp|experts|shared|router|attn_norm|ffn_norm)", leaf.path))
     # payloads of one call: ReduceScatter of gradients and AllGather of params move what their AllReduce would
-    expected = {"part": (0, whole), "apply": (whole, 0), "whole": (whole + blocks, whole)}
+    expected = {"part": (0, whole), "apply": (whole, 0)}
     for graph in reports[0].graphs:
         found = tuple(sum(c.count * c.bytes for c in graph.collectives if c.kind == kind)
                       for kind in ("AllGather", "ReduceScatter"))
