@@ -119,8 +119,8 @@ def timeline(schedule: str, pipe: int, virtual: int, micro_batches: int) -> tupl
     """What every stage does when, by tick and then stage: at each tick the first thing it wants that is ready.
 
     GPipe, 1F1B and interleaved stages want one thing at a time, in their published order (``_order``). DualPipeV is 1F1B on
-    2 P stages of which each rank plays two: a backward before a forward, the later chunk before the earlier, and never more
-    in flight than 1F1B has there. Its pairs of forward and backward are not overlapped. Forward and backward take a tick each.
+    2 P stages of which each rank plays two: a backward before a forward, the later chunk before the earlier, which never has
+    more in flight than 1F1B there. Its pairs of forward and backward are not overlapped. Each takes a tick.
     Raises ValueError for what ``check_schedule`` refuses and for "dualpipe".
     """
     check_schedule(schedule, pipe, virtual, micro_batches)
@@ -136,8 +136,7 @@ def timeline(schedule: str, pipe: int, virtual: int, micro_batches: int) -> tupl
     def wanted(stage: int) -> list[tuple[str, int, int]]:
         if orders:
             return orders[stage][:1]
-        free = [c for c in held[stage] if counts["forward", c] - counts["backward", c] < last + 1 - c]
-        return [(kind, c, counts[kind, c]) for kind, some in (("backward", held[stage]), ("forward", free)) for c in some[::-1]]
+        return [(kind, c, counts[kind, c]) for kind in ("backward", "forward") for c in held[stage][::-1]]
 
     def ready(kind: str, chunk: int, micro: int) -> bool:
         if kind == "forward":
