@@ -216,7 +216,7 @@ def test_interleaved_stages_compiled_for_ascend_make_the_step_of_one_device(tmp_
     job = {k: v for k, v in case.items() if k != "rate"} | {"model": "TINY", "learning_rate": case["rate"]}
     mesh, line = Mesh.parse(case["mesh"]), Pipeline(**case["pipeline"])
     target = "dsv3.cli.rank:record_steps"
-    reports = simulate_ranks(target, job | {"steps": 1}, mesh.size, keep=tmp_path, export=True)
+    reports = simulate_ranks(target, job | {"steps": 1}, mesh.size, keep=tmp_path, export=True, timeout=3000)
     for rank, (kind, other) in enumerate((("Send", "Receive"), ("Receive", "Send"))):
         found = Counter((c.kind, c.group) for graph in reports[rank].graphs for c in graph.collectives)
         assert found[kind, (0, 1)] == 1 and found[other, (1, 0)] == 1, "a graph a direction, called for every micro-batch"
