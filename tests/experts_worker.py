@@ -22,10 +22,12 @@ from dsv3.parallel.groups import own_rank
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.rows import gather_seq, own_seq
 from dsv3.parallel.rules import make_rules
-from dsv3.parallel.shard import Placement, parts, place, placed, psum, sum_copies
+from dsv3.parallel.shard import Placement, parts, place, placed, psum
 from dsv3.spec import draw, is_spec
 from dsv3.transform import jit, value_and_grad
 from dsv3.tree import flatten, paths, tree_map_with_path
+
+_map = ops.Map()
 
 
 def to_the_first(params, x_TD, *, cfg):
@@ -62,7 +64,7 @@ def run(cfg, route, params, x, dy, placement=None):
 
     def step(params, x, dy):
         (_, out), grads = grad({"p": params, "x": x}, dy)
-        return out, sum_copies(flatten(grads["p"]), names), psum(grads["x"], "@context+model")
+        return out, _map(psum, flatten(grads["p"]), names), psum(grads["x"], "@context+model")
 
     (y, load, aux), grads, dx = jit(step)(params, x, dy)
     found = {f"d {path}": g.asnumpy() for (path, _), g in zip(named, grads)}

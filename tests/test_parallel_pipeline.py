@@ -19,8 +19,9 @@ import pytest
 
 import dsv3
 from dsv3.checkpoint.leaves import host
+from dsv3.cli.rank import run_steps
 from dsv3.model import param_specs
-from dsv3.parallel import groups, program, recorded
+from dsv3.parallel import groups, recorded
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.rules import local_slices, make_rules
 from dsv3.parallel.schedules import Pipeline, bubble, chunks_of, in_flight, tasks, timeline
@@ -221,7 +222,7 @@ def test_interleaved_stages_compiled_for_ascend_make_the_step_of_one_device(tmp_
         found = Counter((c.kind, c.group) for graph in reports[rank].graphs for c in graph.collectives)
         assert found[kind, (0, 1)] == 1 and found[other, (1, 0)] == 1, "a graph a direction, called for every micro-batch"
     found = []
-    for rank, (params, metrics) in enumerate(recorded.replay(lambda: program.run_steps(**job), reports)):
+    for rank, (params, metrics) in enumerate(recorded.replay(lambda: run_steps(**job), reports)):
         names = held(cfg, Placement(mesh, make_rules(), rank, line))[1]
         leaves = {name: host(leaf) for name, (_, leaf) in zip(names, paths(params))}
         found.append(([{k: v.asnumpy() for k, v in step.items() if k != "learning_rate"} for step in metrics], leaves))

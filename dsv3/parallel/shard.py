@@ -285,8 +285,3 @@ def global_norm(grads, shares):
 
 def _square_sum(x, share):
     return ops.square(x.astype(ms.float32)).sum() * share
-
-
-def sum_copies(grads, names):
-    """Each gradient summed over the ranks that hold copies of its leaf; names: ``Placement.copies`` of each."""
-    return _map(psum, grads, names)
