@@ -25,7 +25,8 @@ def arrays(cut):
     shapes = ((B, t, H * (N + R)), (B, T, H * (N + V)), (B, T, R), (B, t, H * V))
     angles = rng.random((1, T, R // 2))
     floats = [rng.standard_normal(s).astype(np.float32) for s in shapes]
-    return *floats, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), np.array([[0, 0, 1, 1, 1, 1], [0] * T], np.int32)
+    segments = np.array([[0, 0, 1, 1, 1, 1], [0] * T], np.int32)
+    return *floats, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), segments
 
 
 def objective(segments, cut):

@@ -28,8 +28,8 @@ def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: in
     """``make_train_step(mesh=...)`` on this rank's part of ``init`` with seed 0 and of batches of ``rows`` x ``length``, the
     same as ``batch_of`` of the seeds 1, 2, ... Returns (params, metrics of every step).
 
-    model, changes, rules: see ``parallel.program.train_step``. empty: params and state have shapes and no values, so that a step which no host
-    could hold is compiled without their memory.
+    model, changes, rules: see ``parallel.program.train_step``. empty: params and state have shapes and no values, so that a
+    step which no host could hold is compiled without their memory.
     """
     cfg = (PRESETS[model] if isinstance(model, str) else Config.from_hf(model)).replace(**(changes or {}))
     table, optimizer = make_rules(**(rules or {})), adamw(learning_rate)

@@ -39,8 +39,8 @@ def _flash(node, q, k, v, shift, drop, padding, mask, prefix, lengths_q, lengths
     return np.repeat(top, COPIES, -1), np.repeat(total, COPIES, -1), np.zeros(1, q.dtype), np.matmul(e / total, v)
 
 
-def _flash_grad(node, q, k, v, dy, shift, drop, padding, mask, top, total, weights, out, prefix, lengths_q, lengths_kv, *settings):
-    _none(shift, drop, padding, prefix, lengths_q, lengths_kv)
+def _flash_grad(node, q, k, v, dy, shift, drop, padding, mask, top, total, weights, out, prefix, len_q, len_kv, *settings):
+    _none(shift, drop, padding, prefix, len_q, len_kv)
     scale = np.float32(settings[2])
     p = np.exp(_scores(q, k, mask, settings) - top[..., :1]) / total[..., :1]
     ds = p * (np.matmul(dy, v.swapaxes(-1, -2)) - (dy * out).sum(-1, keepdims=True)) * scale

@@ -152,7 +152,7 @@ def _thread(body: Callable[[Callable], Any], rank: int) -> Generator[lockstep.Ar
     def run() -> None:
         try:
             out.put(("result", body(meet)))
-        except BaseException as error:  # noqa: BLE001: raised again where the generator runs
+        except BaseException as error:  # raised again where the generator runs
             out.put(("error", error))
 
     thread = threading.Thread(target=run, name=f"rank {rank}", daemon=True)
