@@ -1,6 +1,7 @@
 """Steps that Python drives over several graphs: recorded on simulated ranks, replayed on all of them in lockstep.
 
-Planted faults this file was seen to catch, one at a time: TODO
+Planted faults this file was seen to catch: a graph counted once however often it is called; a rank that waits for a message taken
+for one that is at a collective; the first tensor that a graph assigns to not written back.
 """
 import threading
 

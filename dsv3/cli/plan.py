@@ -97,20 +97,24 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _simulate(cfg, made, ranks: list[int]) -> None:
+    from ..parallel.pipeline import check
+    from ..parallel.schedules import Pipeline
     from ..parallel.shard import Placement
     from ..parallel.simulate import simulate_many, summary
 
     setting = made.setting
     mesh, rules, step = setting.mesh, setting.rules, setting.run
+    line = Pipeline(setting.schedule, setting.virtual, made.layers)
     for rank in ranks:  # refuses ranks that there are not, and what cannot be compiled
-        Placement(mesh, rules, rank).mesh.coords(rank)
+        mesh.coords(rank)
+        check(cfg, Placement(mesh, rules, rank, line), step.micro_batches)
     job = {"model": cfg.to_hf(), "mesh": str(mesh), "rows": step.micro_batch_size * step.micro_batches * mesh.data,
            "length": step.seq_length, "accumulate": step.micro_batches, "dtype": step.dtype, "empty": True,
-           "rules": {"zero": rules.zero, "shard_size": rules.shard_size} | _switches(rules),
+           "pipeline": dataclasses.asdict(line), "rules": {"zero": rules.zero, "shard_size": rules.shard_size} | _switches(rules),
            "recompute": [_number(part.name, cfg) for stage in made.stages for part, mode in stage.blocks if mode == 2]}
     for report in simulate_many("dsv3.cli.rank:record_steps", job, mesh.size, ranks, timeout=3600):
         print("\n" + "\n".join(summary(report)))
-        place = Placement(mesh, rules, report.rank)
+        place = Placement(mesh, rules, report.rank, line)
         print(_beside(report, cfg, place, step, "with recomputation" if job["recompute"] else ""))
 
 

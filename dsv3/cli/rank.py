@@ -29,7 +29,7 @@ def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: in
     same as ``batch_of`` of the seeds 1, 2, ... Returns (params, metrics of every step).
 
     model, changes, rules: see ``parallel.program.train_step``. empty: params and state have shapes and no values, so that a
-    step which no host could hold is compiled without their memory.
+    step is compiled without drawing them.
     """
     cfg = (PRESETS[model] if isinstance(model, str) else Config.from_hf(model)).replace(**(changes or {}))
     table, optimizer = make_rules(**(rules or {})), adamw(learning_rate)
@@ -54,10 +54,7 @@ def record_steps(**job: Any) -> None:
 
 
 def blank(specs: Any, placement: Placement, dtype: str, state: bool = False) -> Any:
-    """A rank's params as tensors of a simulated device that were never written, and so take no memory of the host.
-
-    state: the parts of which the rank keeps the optimiser's state.
-    """
+    """A rank's params as tensors that were never written. state: the parts of which the rank keeps the optimiser's state."""
     coords = placement.mesh.coords(placement.rank)
 
     def leaf(path: str, spec: Any) -> Tensor:

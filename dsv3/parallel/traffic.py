@@ -37,6 +37,8 @@ def traffic(cfg: Config, place: Placement, rows: int, length: int, micro_batches
     rules, mesh = place.rules, place.mesh
     if mesh.pipe > 1 or rules.zero or place.axes("residual_seq"):
         raise ValueError(f"mesh {mesh}: what it sends is not worked out for a pipeline, ZeRO, or rows that are cut")
+    if place.axes("expert") and rules.dispatch != "gather":
+        raise ValueError(f"mesh {mesh}: what unequal exchanges send depends on the data; it is worked out for dispatch='gather'")
     a, D, K, E = DTYPES[dtype], cfg.hidden_size, cfg.num_experts_per_tok, cfg.n_routed_experts
     depths = cfg.num_nextn_predict_layers
     found: Traffic = Counter()
