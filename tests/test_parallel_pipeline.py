@@ -1,8 +1,9 @@
 """Pipelines: the order of work as a table, and stages as real processes on the CPU that train together.
 
-Planted faults this file was seen to catch: a stage's sends of a tick before its receives, and receives a tick later than
-their sends (stages wait for ever); 1F1B one forward further ahead; interleaved stages too few ahead, and their backwards in the
-order of the forwards.
+Planted faults this file was seen to catch: the gradients of the embedding's two copies not summed; balance losses left out of
+all chunks but the last; DualPipeV's forwards before its backwards; a stage's sends of a tick before its receives, and receives a
+tick later than their sends (stages wait for ever); 1F1B one forward further ahead; interleaved stages too few ahead, and their
+backwards in the order of the forwards.
 """
 import itertools
 import json
