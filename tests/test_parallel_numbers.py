@@ -36,6 +36,7 @@ LAYOUTS = {
     "dp2 tp2 ep2, with MTP": ("data=2,model=2,expert=2", {}, {"num_nextn_predict_layers": 1}),
     "dp2, ZeRO-1": ("data=2", {"zero": 1}, {}),
 }
+SLOW = ("tp2", "ep2")  # which the third is too
 
 
 def on_one_device(cfg, batch=None, dtype="float32", eps=1e-8, **options):
@@ -52,7 +53,7 @@ def on_one_device(cfg, batch=None, dtype="float32", eps=1e-8, **options):
     return metrics, {path: leaf.float().asnumpy() for path, leaf in paths(params)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS])
 def test_all_ranks_together_make_the_step_of_one_device(tmp_path, layout):
     text, rules, more = LAYOUTS[layout]
     assert_lockstep(tmp_path, text, rules, CHANGES | more)

@@ -199,7 +199,7 @@ def compare(name, case, found, specs, wanted, final):
     assert set(seen.values()) == {ranks}
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", ["dualpipev", pytest.param("dp2 pp2", marks=pytest.mark.slow)])
 def test_processes_together_make_the_step_of_one_device(tmp_path, name):
     case = RUN | PROCESSES[name] | {"changes": TINY | PROCESSES[name]["changes"]}
     size = Mesh.parse(case["mesh"]).size

@@ -51,7 +51,7 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize("case", PROCESSES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c.startswith("dp4") else ()) for c in PROCESSES])
 def test_processes(tmp_path, case):
     text, rules, options = PROCESSES[case]
     mesh, cfg, table = Mesh.parse(text), dsv3.TINY.replace(**ODD), make_rules(**rules)
