@@ -131,12 +131,13 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
         return metrics
 
     @jit
-    def apply(leaves, biases, moments, sums, found, hyper):
+    def apply(leaves, biases, moments, sums, found, hyper, zero):
         load = ops.cat(loads_of(found), 0) if biases else ()
         norm = finish(leaves, biases, sums, moments["m"], moments["v"], moments["masters"], load, hyper)
         cleared = ()
         for leaf in sums:
-            cleared = cleared + (ops.assign(leaf, ops.depend(ops.zeros_like(leaf), norm)),)
+            # zeros_like would become a constant as large as the sums
+            cleared = cleared + (ops.assign(leaf, ops.depend(ops.broadcast_to(zero, leaf.shape), norm)),)
         return ops.depend(norm, cleared)
 
     in_parts = accumulate > 1 or (is_cut and placement.mesh.pipe > 1)
@@ -158,7 +159,7 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
             sums.append(tuple(Tensor.from_numpy(np.zeros(leaf.shape, np.float32)) for leaf in sums_like))
         found = gradients(leaves, biases, sums[0], split_rows(batch, accumulate, cfg), hyper[8])
         join(sums[0])
-        norm = apply(leaves, biases, moments, sums[0], found, hyper)
+        norm = apply(leaves, biases, moments, sums[0], found, hyper, np.zeros(1, np.float32))
         return report(found, hyper[8]) | {"grad_norm": norm}
 
     return run

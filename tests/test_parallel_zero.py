@@ -22,7 +22,7 @@ from dsv3.parallel.recorded import array_of, replay
 from dsv3.parallel.rules import leaves, local_slices, make_rules
 from dsv3.parallel.shard import Placement
 from dsv3.parallel.simulate import simulate_ranks
-from dsv3.parallel.zero import check_state
+from dsv3.parallel.update import check_state
 from dsv3.spec import is_spec
 from dsv3.tree import paths
 
