@@ -8,17 +8,22 @@ execution takes part on that side. Three steps of AdamW with clipping and the ro
 Planted faults this file was seen to catch: heads not summed; a load that counts the rank's own tokens only.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import dsv3
+from dsv3.cli.plan import _number
 from dsv3.cli.rank import run_steps
 from dsv3.model import param_specs
 from dsv3.parallel import lockstep, recorded
 from dsv3.parallel.bind import METRICS
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.plan import SETTINGS, plan
 from dsv3.parallel.program import STATE_AXES, batch_of, hyper
-from dsv3.parallel.rules import local_slices, make_rules
+from dsv3.parallel.rules import ZERO_AXES, local_slices, make_rules
+from dsv3.parallel.schedules import Pipeline
 from dsv3.parallel.shard import Placement
 from dsv3.parallel.simulate import simulate_ranks
 from dsv3.parallel.traffic import of_program, traffic
@@ -122,3 +127,34 @@ def test_arithmetic_of_a_step_that_is_cut_every_way():
                     "float32")
     assert found == {("AllReduce", (0, 2)): 266428, ("AllReduce", (0, 1, 2, 3)): 126596, ("AllReduce", (0, 1)): 84888,
                      ("AllGather", (0, 2)): 48576, ("ReduceScatter", (0, 2)): 47840}
+
+
+# Payload of one step of three ranks of 1024, by kind and size of the group: counted in the graphs that MindSpore compiled for
+# ``dsv3 plan --preset 671b --simulate --rank 0,512,1023``, with ZeRO over data ranks.
+COUNTED = {
+    0: {"ReduceScatter": {2: 5637144576, 4: 43687870464, 16: 5877530624},
+        "AllGather": {2: 2818572288, 4: 41930457088, 8: 16384, 16: 2938765312},
+        "AllReduce": {2: 3706716160, 4: 3065856000, 16: 93464, 1024: 4}, "Send": {2: 469762048}, "Receive": {2: 469762048}},
+    512: {"ReduceScatter": {2: 22548578304, 4: 45969571840, 16: 1135869952},
+          "AllGather": {2: 11274289152, 4: 44778389504, 8: 98304, 16: 567934976},
+          "AllReduce": {4: 11291279360, 16: 191768, 1024: 4}, "Send": {2: 939524096}, "Receive": {2: 939524096}},
+    1023: {"ReduceScatter": {2: 11274289152, 4: 16408117248, 16: 8392523776},
+           "AllGather": {2: 5637144576, 4: 16416505856, 8: 16384, 16: 4196261888},
+           "AllReduce": {2: 3706716160, 4: 6134676480, 16: 126744, 1024: 4}, "Send": {2: 469762048}, "Receive": {2: 469762048}},
+}
+
+
+@pytest.mark.parametrize("rank", COUNTED)
+def test_arithmetic_of_the_layout_of_1024_ranks(rank):
+    """Sequence and expert parallel, ZeRO-1, a pipeline with recomputed blocks and a shared embedding, to the byte."""
+    setting = SETTINGS["671b"]
+    made = plan(dsv3.V3, setting)
+    again = tuple(_number(p.name, dsv3.V3) for stage in made.stages for p, mode in stage.blocks if mode == 2)
+    rules = dataclasses.replace(setting.rules, zero_axes=ZERO_AXES)
+    place = Placement(setting.mesh, rules, rank, Pipeline(setting.schedule, setting.virtual, made.layers))
+    found = {}
+    for (kind, group), size in traffic(dsv3.V3, place, 1, 4096, 32, "bfloat16", again).items():
+        if size:
+            sizes = found.setdefault(kind, {})
+            sizes[len(group)] = sizes.get(len(group), 0) + size
+    assert found == COUNTED[rank]

@@ -110,24 +110,23 @@ def _simulate(cfg, made, ranks: list[int]) -> None:
         check(cfg, Placement(mesh, rules, rank, line), step.micro_batches)
     job = {"model": cfg.to_hf(), "mesh": str(mesh), "rows": step.micro_batch_size * step.micro_batches * mesh.data,
            "length": step.seq_length, "accumulate": step.micro_batches, "dtype": step.dtype, "empty": True,
-           "pipeline": dataclasses.asdict(line), "rules": {"zero": rules.zero, "shard_size": rules.shard_size} | _switches(rules),
+           "pipeline": dataclasses.asdict(line), "rules": _switches(rules) | {
+               "zero": rules.zero, "shard_size": rules.shard_size, "zero_axes": rules.zero_axes},
            "recompute": [_number(part.name, cfg) for stage in made.stages for part, mode in stage.blocks if mode == 2]}
     for report in simulate_many("dsv3.cli.rank:record_steps", job, mesh.size, ranks, timeout=3600):
         print("\n" + "\n".join(summary(report)))
         place = Placement(mesh, rules, report.rank, line)
-        print(_beside(report, cfg, place, step, "with recomputation" if job["recompute"] else ""))
+        print(_beside(report, cfg, place, step, tuple(job["recompute"])))
 
 
-def _beside(report, cfg, place, step, unknown: str) -> str:
+def _beside(report, cfg, place, step, recompute: tuple[int, ...]) -> str:
     """What the compiled step sends beside what arithmetic says, by kind and group."""
     from ..parallel.plan import aligned
     from ..parallel.traffic import of_program, traffic
 
     found = of_program(report.collectives)
     try:
-        if unknown:
-            raise ValueError(f"what it sends is not worked out {unknown}")
-        wanted = traffic(cfg, place, step.micro_batch_size, step.seq_length, step.micro_batches, step.dtype)
+        wanted = traffic(cfg, place, step.micro_batch_size, step.seq_length, step.micro_batches, step.dtype, recompute)
     except ValueError as error:
         return f"arithmetic: {error}"
     rows = [("bytes a step", "ranks", "compiled", "arithmetic")]

@@ -32,8 +32,7 @@ def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: in
     step is compiled without drawing them.
     """
     cfg = (PRESETS[model] if isinstance(model, str) else Config.from_hf(model)).replace(**(changes or {}))
-    table, optimizer = make_rules(**(rules or {})), adamw(learning_rate)
-    line = Pipeline(**{k: tuple(v) if isinstance(v, list) else v for k, v in (pipeline or {}).items()})
+    table, line, optimizer = make_rules(**_tuples(rules)), Pipeline(**_tuples(pipeline)), adamw(learning_rate)
     placement = Placement(Mesh.parse(mesh), table, own_rank(), line)
     specs = held(cfg, placement)[0]
     params = blank(specs, placement, dtype, table.zero == 3) if empty else own(init(cfg, 0, dtype), cfg, placement)
@@ -46,6 +45,11 @@ def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: in
         params, state, found = step(params, state, batch)
         metrics.append(found)
     return params, metrics
+
+
+def _tuples(keywords: dict[str, Any] | None) -> dict[str, Any]:
+    """As JSON cannot have them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in (keywords or {}).items()}
 
 
 def record_steps(**job: Any) -> None:
