@@ -79,8 +79,9 @@ def test_bfloat16_params_have_float32_masters_of_a_rank_s_parts(tmp_path):
             if not is_state(path):
                 part = found[path][local_slices(spec, mesh, table, mesh.coords(rank), path, state=True)]
                 np.testing.assert_array_equal(part, ms.Tensor(found[f"master.{path}"]).bfloat16().float().asnumpy())
-        # 1 in bfloat16 is too coarse to move by the rate; the masters do
-        assert (found["norm"] == 1).all() and (np.abs(found["master.norm"] - 1) > RATE).all()
+        # 1 in bfloat16 is too coarse to move by the rate; the masters do, some there and back
+        assert (found["norm"] == 1).all() and (found["master.norm"] != 1).all()
+        assert np.abs(found["master.norm"] - 1).max() > RATE
 
 
 LOCKSTEP = {
