@@ -41,7 +41,7 @@ LAYOUTS = {
     "dp2 tp2 ep2, with MTP": ("data=2,model=2,expert=2", {}, {"num_nextn_predict_layers": 1}),
     "dp2, ZeRO-1": ("data=2", {"zero": 1}, {}),
 }
-SLOW = ("tp2", "ep2")  # which the third is too
+SLOW = ("tp2", "ep2", "dp2, ZeRO-1")  # of which the others are made
 
 
 def on_one_device(cfg, batch=None, dtype="float32", eps=1e-8, **options):

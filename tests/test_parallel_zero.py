@@ -109,7 +109,7 @@ def test_lockstep(tmp_path, case):
     cut = [leaf for leaf in leaves(param_specs(cfg), mesh, table) if leaf.shards > 1 and not is_state(leaf.path)]
     whole = 4 * sum(leaf.size for leaf in cut)
     # payloads of one call: ReduceScatter of gradients and AllGather of params move what their AllReduce would
-    expected = {"part": (0, whole), "apply": (whole, 0)}
+    expected = {"backward": (0, whole), "apply": (whole, 0)}
     for graph in reports[0].graphs:
         found = tuple(sum(c.count * c.bytes for c in graph.collectives if c.kind == kind)
                       for kind in ("AllGather", "ReduceScatter"))
