@@ -5,7 +5,6 @@ Planted faults this file was seen to catch: connections that end are not noticed
 import json
 import os
 import queue
-import random
 import shutil
 import signal
 import socket
@@ -15,8 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+from test_train_cli import write_home
 
-from dsv3.config import TINY
 from dsv3.parallel import launch, watch
 from dsv3.parallel.mesh import Mesh
 
@@ -90,13 +89,7 @@ def test_a_run_that_stands_still_is_ended_and_says_who_is_behind():
 def home(tmp_path_factory):
     """A config, a text, and a run on one device that nothing disturbs."""
     folder = tmp_path_factory.mktemp("runs")
-    cfg = TINY.replace(vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-                       moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4,
-                       v_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, bos_token_id=None, eos_token_id=None)
-    (folder / "config.json").write_text(json.dumps(cfg.to_hf()))
-    rng = random.Random(0)
-    words = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix potions".split()
-    (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(600)))
+    write_home(folder)
     done = subprocess.run(command("whole"), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

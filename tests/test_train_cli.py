@@ -35,9 +35,8 @@ def run(home: Path, out: str, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(home, out, *more), cwd=home, capture_output=True, text=True, timeout=300, env=env)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
+def write_home(folder: Path) -> None:
+    """A config and a text that take seconds to train on."""
     cfg = TINY.replace(vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
                        moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4,
                        v_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, bos_token_id=None, eos_token_id=None)
@@ -45,6 +44,12 @@ def home(tmp_path_factory) -> Path:
     rng = random.Random(0)
     words = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix potions".split()
     (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(600)))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_home(folder)
     done = run(folder, "whole")
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "whole.log").write_text(done.stderr)
