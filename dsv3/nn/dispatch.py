@@ -36,8 +36,12 @@ def ranks_visited(n: int, K: int, n_group: int, topk_group: int) -> int:
 
 @constexpr
 def form_of(n: int, visited: int) -> str:
+    """``form_by`` the rules of the place that is compiled for."""
+    return form_by(n, visited, *dispatch_rule())
+
+
+def form_by(n: int, visited: int, choice: str | None, node: int | None) -> str:
     """The rules' choice, else by rows sent: gather where a token may visit all ranks anyway, two levels where nodes are named."""
-    choice, node = dispatch_rule()
     if choice is not None:
         return choice
     if visited >= n:

@@ -27,7 +27,7 @@ from collections import Counter
 from math import prod
 
 from ..config import Config
-from ..nn.dispatch import ranks_visited
+from ..nn.dispatch import form_by, ranks_visited
 from ..spec import DTYPES, is_spec, is_state
 from ..tree import paths
 from .ir import Collective
@@ -193,13 +193,9 @@ def dispatch(cfg: Config, place: Placement) -> str | None:
     n, rules = len(place.group("expert")), place.rules
     if n == 1:
         return None
-    if rules.dispatch is not None:
-        return rules.dispatch
     limited = cfg.topk_method != "greedy"
     visited = ranks_visited(n, cfg.num_experts_per_tok, cfg.n_group if limited else 1, cfg.topk_group if limited else 1)
-    if visited >= n:
-        return "gather"
-    return "two_level" if rules.node is not None and 1 < rules.node < n else "alltoall"
+    return form_by(n, visited, rules.dispatch, rules.node)
 
 
 def of_program(collectives: tuple[Collective, ...]) -> Traffic:
