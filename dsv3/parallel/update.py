@@ -66,7 +66,7 @@ def check_state(params: Any, state: dict, specs: Any, placement: Placement) -> N
         for name, shape in expected.items():
             found = tuple((params if name == "params" else moments[name])[path].shape)
             if found != shape:
-                what = "parallel.place(params, ...)" if name == "params" else "parallel.init_state(optimizer, params, ...)"
+                what = "parallel.stages.own(params, ...)" if name == "params" else "parallel.update.init_state(...)"
                 raise ValueError(f"{name} {path}: shape {found}, but a rank of mesh {placement.mesh} with zero={zero} has "
                                  f"{shape}; make it with {what}")
 
