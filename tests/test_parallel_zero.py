@@ -121,7 +121,8 @@ def test_what_does_not_fit_is_refused():
     specs, params = param_specs(cfg), dsv3.init(cfg)
     with pytest.raises(ValueError, match=r"m embed: shape \(128, 64\), but a rank of mesh data=2 with zero=1 has \(64, 64\)"):
         check_state(params, optimizer.init(params), specs, Placement(mesh, make_rules(zero=1)))
-    with pytest.raises(ValueError, match=r"params embed: shape \(128, 64\).* zero=3 has \(64, 64\); make it with parallel.stages.own"):
+    with pytest.raises(ValueError, match=r"params embed: shape \(128, 64\).* zero=3 has \(64, 64\); make it with "
+                                         r"parallel.stages.own"):
         check_state(params, optimizer.init(params), specs, Placement(mesh, make_rules(zero=3)))
     with pytest.raises(ValueError, match="without a mesh"):
         dsv3.make_train_step(cfg, optimizer, rules=make_rules(zero=1))
