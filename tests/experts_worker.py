@@ -23,6 +23,7 @@ from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.rows import gather_seq, own_seq
 from dsv3.parallel.rules import make_rules
 from dsv3.parallel.shard import Placement, parts, place, placed, psum
+from dsv3.parallel.zero import groups_of
 from dsv3.spec import draw, is_spec
 from dsv3.transform import jit, value_and_grad
 from dsv3.tree import flatten, paths, tree_map_with_path
@@ -50,7 +51,7 @@ def inputs(cfg, rows, length):
 def run(cfg, route, params, x, dy, placement=None):
     """y of whole rows, load, balance loss, gradients of sum(y dy) + balance loss to all leaves and to x, of this rank."""
     named = [(path, spec) for path, spec in paths(moe_spec(cfg), is_spec)]
-    names = tuple(placement.copies(spec, path) for path, spec in named) if placement else ("@",) * len(named)
+    names = tuple(groups_of(spec, path, placement)[2] for path, spec in named) if placement else ("@",) * len(named)
     balance, share = make_balance(cfg, sequence=0.5, expert=0.3, device=0.2, communication=0.1, z=0.1), 1.0
     if placement:
         share = 1 / len(placement.group("all"))

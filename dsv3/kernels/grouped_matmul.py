@@ -26,7 +26,7 @@ def grouped_matmul(x: Tensor, w: Tensor, group_end: Tensor, tail: bool = False) 
     group_end = group_end.astype(ms.int32)
     if native.enabled() and x.dtype == ms.float32:
         return _native(x, w, group_end)
-    if _on_ascend():
+    if native.on_ascend():
         return _ascend(x, w, group_end, tail)
     return grouped_matmul_reference(x, w, group_end)
 
@@ -40,11 +40,6 @@ def _ascend(x, w, group_end, tail):
     if tail:
         return ops.where(real, out, ops.zeros_like(out))
     return out
-
-
-@constexpr
-def _on_ascend() -> bool:
-    return ms.get_context("device_target") == "Ascend"
 
 
 def grouped_matmul_reference(x: Tensor, w: Tensor, group_end: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from mindspore.ops.primitive import constexpr
 from ..kernels.experts import experts
 from ..kernels.grouped_matmul import grouped_matmul
 from ..kernels.native import iota
-from ..parallel.shard import all_gather, all_to_all_v, dispatch_rule, here, part, parts, reduce_scatter
+from ..parallel.shard import all_gather, all_to_all_v, here, on_cpu, part, parts, reduce_scatter
 
 
 @constexpr
@@ -37,7 +37,8 @@ def ranks_visited(n: int, K: int, n_group: int, topk_group: int) -> int:
 @constexpr
 def form_of(n: int, visited: int) -> str:
     """``form_by`` the rules of the place that is compiled for."""
-    return form_by(n, visited, *dispatch_rule())
+    place = here()
+    return form_by(n, visited, *((place.rules.dispatch, place.rules.node) if place else (None, None)))
 
 
 def form_by(n: int, visited: int, choice: str | None, node: int | None) -> str:
@@ -70,7 +71,7 @@ def exchanged_experts(w, x_TD, idx_TK, weights_TK, form):
         out = _through_nodes(w, x, idx, weights, E)
     else:
         x, idx, weights, way = _send(x, idx, weights, "expert", E)
-        out = _answer(_own_experts(w, x, idx, weights, _static()), way, "expert")
+        out = _answer(_own_experts(w, x, idx, weights, on_cpu()), way, "expert")
     return out[:-1]
 
 
@@ -78,7 +79,7 @@ def _through_nodes(w, x, idx, weights, E):
     across, within = _levels()
     x, idx, weights, outer = _send(x, idx, weights, across, E * parts(within))
     x, idx, weights, inner = _send(x, idx, weights, within, E)
-    out = _own_experts(w, x, idx, weights, _static())
+    out = _own_experts(w, x, idx, weights, on_cpu())
     return _answer(_answer(out, inner, within), outer, across)
 
 
@@ -96,9 +97,9 @@ def _send(x_RD, idx_RK, weights_RK, name, size):
     0 .. size - 1), their weights, and the way back.
     """
     n, K = parts(name), idx_RK.shape[1]
-    _, at_P, sent_n = _copies(idx_RK // size, n, _static())
+    _, at_P, sent_n = _copies(idx_RK // size, n, on_cpu())
     counts_nn = all_gather(sent_n.reshape(1, n), name)
-    most = x_RD.shape[0] * n if _static() else 0
+    most = x_RD.shape[0] * n if on_cpu() else 0
     x_QD = all_to_all_v(ops.gather(x_RD, at_P, 0), counts_nn, name, most)
     choice = ops.concat((idx_RK.astype(ms.float32), weights_RK.astype(ms.float32)), 1)  # numbers of experts are exact in it
     choice = all_to_all_v(ops.gather(choice, at_P, 0), counts_nn, name, most)
@@ -108,7 +109,7 @@ def _send(x_RD, idx_RK, weights_RK, name, size):
 def _answer(out_QD, way, name):
     """The sum of the answers to each row that was sent: the reverse of ``_send``."""
     x_RD, at_P, counts_nn = way
-    rows_PD = all_to_all_v(out_QD, counts_nn.transpose(), name, at_P.shape[0] if _static() else 0)
+    rows_PD = all_to_all_v(out_QD, counts_nn.transpose(), name, at_P.shape[0] if on_cpu() else 0)
     return _add_rows(x_RD, at_P, rows_PD)
 
 
@@ -126,7 +127,8 @@ def _own_experts(w, x_RD, idx_RK, weights_RK, static):
 def _copies(to_RK, n, static):
     """A copy of each row for every one of n places that it names: (place [P], row [P], copies for each place [n]), all int32.
 
-    Sorted by place, then row. Numbers outside of 0 .. n - 1 name no place. static: P is R min(n, K), enough for all, and the
+    Sorted by place, then row. Numbers outside of 0 .. n - 1 name no place. static, on the CPU, which has no exchange of unequal
+    parts: P is R min(n, K), enough for all, and the
     copies after the last name some place and row; else P is their number, known when the program runs.
     """
     R, K = to_RK.shape
@@ -145,9 +147,3 @@ def _add_rows(like_RD, at_P, rows_PD):
     """[R, D] of zeros in the dtype of ``like_RD``, with each row added in at its place; summed in float32."""
     total = ops.tensor_scatter_add(ops.zeros_like(like_RD, dtype=ms.float32), at_P.reshape(-1, 1), rows_PD.astype(ms.float32))
     return total.astype(like_RD.dtype)
-
-
-@constexpr
-def _static() -> bool:
-    """The CPU has no exchange of unequal parts: there shapes are the worst case's, and what is too much is zero."""
-    return ms.get_context("device_target") == "CPU"

@@ -90,11 +90,6 @@ class Placement:
             return ranks[first:first + int(n)]
         return ranks[ranks.index(self.rank) % int(n)::int(n)] if kind else ranks
 
-    def copies(self, spec: ParamSpec, path: str) -> str:
-        """The name, for ``psum``, of the axes along which ranks hold copies of this rank's part of a leaf."""
-        cut = {a for dim in layout(spec, self.mesh, self.rules, path) for a in dim}
-        return "@" + "+".join(a for a in STAGE_AXES if a not in cut)
-
     def share(self, spec: ParamSpec, path: str) -> float:
         """What a rank's part of a leaf counts for in a sum over all ranks of the stage: copies share it."""
         cut = self.mesh.extent(a for dim in layout(spec, self.mesh, self.rules, path) for a in dim)
@@ -170,12 +165,6 @@ def parts(name: str) -> int:
 def part(name: str) -> int:
     """Which of them this rank has."""
     return _placed[-1].index(name) if _placed else 0
-
-
-@constexpr
-def dispatch_rule() -> tuple[str | None, int | None]:
-    """``dispatch`` and ``node`` of the rules."""
-    return (_placed[-1].rules.dispatch, _placed[-1].rules.node) if _placed else (None, None)
 
 
 @constexpr
