@@ -105,7 +105,7 @@ def traffic(cfg: Config, place: Placement, rows: int, length: int, micro_batches
             both("expert", "AllGather", e * t * K * 4, passes)
         elif form == "alltoall":
             add("expert", "AllGather", 4 * e * e, passes)
-        else:
+        elif form == "two_level":
             for name in (f"expert/{rules.node}", f"expert%{rules.node}"):
                 add(name, "AllGather", 4 * len(place.group(name)) ** 2, passes)
 
