@@ -1,90 +1,77 @@
-"""Continue prompts with a plain loop over the model: no cache, one compiled graph per length bucket."""
+"""Continue prompts: the engine behind one function, for notebooks."""
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import mindspore as ms
-import numpy as np
-from mindspore import ops
-from mindspore.ops.primitive import constexpr
 
 from .config import Config
-from .kernels.rms_norm import rms_norm
-from .model import computable, layers, make_block
-from .nn.vocab import embed, head
-from .transform import compiled
+from .engine import Engine
+from .sampling import Sampling
+from .tree import flatten
 
+MAX_BATCH = 16  # rows that run together
 
-@compiled
-def next_logits(params, tokens, lengths, *, cfg, route=None):
-    """Logits after the last real token of each row. tokens: [B, T] int, padded right; lengths: [B] -> [B, W] float32.
-
-    A causal model does not see the padding, so any filler will do.
-    """
-    params = computable(params)
-    B, T = tokens.shape
-    one_block = make_block(cfg, route, None)
-    x = layers(params["layers"], embed(params["embed"], tokens), {"tokens": tokens}, one_block, False, cfg)[0]
-    x = x.reshape(B * T, cfg.hidden_size)
-    last = ops.gather(x, first_rows(B, T) + lengths - 1, 0)
-    return head(params, rms_norm(last, params["norm"], cfg.rms_norm_eps))
-
-
-@constexpr
-def first_rows(B: int, T: int):
-    """Index of the first token of each row in the flattened batch: [B] int32."""
-    return ms.Tensor(np.arange(B, dtype=np.int32) * T)
-
-
-def sample(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
-    """One id from logits [W]: the best at temperature 0, else drawn from softmax(logits / temperature)."""
-    if temperature == 0.0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    p = np.exp(scaled - scaled.max())
-    return int(rng.choice(len(p), p=p / p.sum()))
+_engines: dict[tuple, Engine] = {}  # the last one, for its graphs
 
 
 def generate(params: Any, prompts: Sequence[Sequence[int]], *, cfg: Config, max_new_tokens: int = 32,
-             temperature: float = 0.0, seed: int = 0, eos_token_id: int | None = None,
-             on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+             seed: int = 0, eos_token_id: int | Sequence[int] | None = None, stop_token_ids: Sequence[int] = (),
+             speculative: bool = False, on_token: Callable[[int, int], bool | None] | None = None) -> list[list[int]]:
     """Continue each prompt (a list of ids) by at most ``max_new_tokens`` ids; returns only the new ones.
 
-    temperature 0 is greedy. A row draws from its own generator, seeded by (seed, row), so that its text does not depend
-    on the rows around it. Stops a row after ``eos_token_id``. on_token(row, id) is called as ids appear.
-    Raises ValueError for an empty prompt, an id outside the vocabulary or a negative setting.
+    temperature 0 is greedy; the filters are those of ``sampling.Sampling``. Row i draws by (seed, i), so that its text does not
+    depend on the rows around it. A row ends after an id of eos_token_id or stop_token_ids. speculative: draft with the model's
+    MTP module; the text is the same. on_token(row, id) is called as ids appear, and ends the row by answering True.
+    The graphs of the last call serve the next with the same params, settings and sizes.
+    Raises ValueError for an empty prompt, an id outside the vocabulary or a setting out of range.
     """
-    prompts = [list(map(int, p)) for p in prompts]
-    for i, prompt in enumerate(prompts):
-        if not prompt:
+    eos = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    rows = [[int(t) for t in prompt] for prompt in prompts]
+    for i, row in enumerate(rows):
+        if not row:
             raise ValueError(f"prompt {i} is empty; give at least one token (the bos token, say)")
-        bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
-        if bad:
-            raise ValueError(f"prompt {i} has the id {bad[0]}; expected 0 to {cfg.vocab_size - 1} (vocab_size)")
+        bad = next((t for t in row if not 0 <= t < cfg.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"prompt {i} has the id {bad}; expected 0 to {cfg.vocab_size - 1} (vocab_size)")
     if max_new_tokens < 0 or not temperature >= 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}, temperature={temperature}; expected at least 0")
-    if not prompts:
-        return []
-    rows, rngs = [list(p) for p in prompts], [np.random.default_rng([seed, i]) for i in range(len(prompts))]
-    alive = [True] * len(rows)
-    for _ in range(max_new_tokens):
-        if not any(alive):
-            break
-        width = bucket(max(len(r) for r in rows))
-        tokens = np.zeros((len(rows), width), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, :len(row)] = row
-        logits = next_logits(params, tokens, np.array([len(r) for r in rows], np.int32), cfg=cfg).asnumpy()
-        for i, row in enumerate(rows):
-            if alive[i]:
-                row.append(sample(logits[i], temperature, rngs[i]))
-                alive[i] = row[-1] != eos_token_id
-                if on_token:
-                    on_token(i, row[-1])
-    return [row[len(prompt):] for row, prompt in zip(rows, prompts)]
+    if not rows or not max_new_tokens:
+        return [[] for _ in rows]
+    longest = max(map(len, rows)) + max_new_tokens
+    engine = _engine(params, cfg, 1 << max(longest - 1, 255).bit_length(), speculative)
+    new: list[list[int]] = [[] for _ in rows]
+    row_of = {}
+    for i, row in enumerate(rows):
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                            repetition_penalty=repetition_penalty, seed=(seed << 32) + i, stop_token_ids=(*stop_token_ids, *eos))
+        row_of[engine.submit(row, sampling)] = i
+    ended: set[int] = set()
+    try:
+        while not engine.idle:
+            for event in engine.step():
+                i = row_of[event.request]
+                if i in ended:
+                    continue
+                new[i].append(event.token)
+                if on_token and on_token(i, event.token):
+                    ended.add(i)
+                    engine.cancel(event.request)
+    finally:
+        for request in row_of:
+            engine.cancel(request)
+    return new
 
 
-def bucket(length: int) -> int:
-    """The least power of two, from 64 on, that holds ``length`` tokens: one graph serves a whole bucket."""
-    return max(64, 1 << (length - 1).bit_length())
+def _engine(params: Any, cfg: Config, max_length: int, speculative: bool) -> Engine:
+    """An engine for these very tensors. Only the last is kept, and not beyond the life of the params."""
+    leaves = flatten(params)
+    key = (cfg, max_length, speculative, tuple(map(id, leaves)))
+    if key not in _engines:
+        _engines.clear()
+        _engines[key] = Engine(params, cfg, max_batch=MAX_BATCH, max_length=max_length, speculative=speculative)
+        weakref.finalize(next(leaf for leaf in leaves if hasattr(leaf, "shape")), _engines.pop, key, None)
+    _engines[key].forget()  # a training step may have changed what the tensors hold
+    return _engines[key]

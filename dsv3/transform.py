@@ -41,7 +41,7 @@ _compiling: list[int] = []  # numbers of the graphs being called now; non-empty 
 
 
 # -- structures ------------------------------------------------------------------------------------------------------
-def literal(tree: Any, leaves: dict[int, Any], where: str, depth: int = 0) -> str:
+def literal(tree: Any, leaves: dict[int, Any], where: str, depth: int = 0, letter: str = "a") -> str:
     """Python source of ``tree`` with its leaves written as a0, a1, ...; adds them to ``leaves``, id -> (i, Tensor, leaf).
 
     The same Tensor at two places is one leaf. Raises TypeError with the remedy for what cannot cross the boundary.
@@ -52,10 +52,10 @@ def literal(tree: Any, leaves: dict[int, Any], where: str, depth: int = 0) -> st
         for key in tree:
             if not isinstance(key, str):
                 raise TypeError(f"{where} has the key {key!r}; keys of a pytree must be strings")
-        items = (f"{k!r}: {literal(v, leaves, f'{where}[{k!r}]', depth + 1)}" for k, v in tree.items())
+        items = (f"{k!r}: {literal(v, leaves, f'{where}[{k!r}]', depth + 1, letter)}" for k, v in tree.items())
         return "{" + ",\n".join(items) + "}"
     if type(tree) is tuple:
-        return "(" + "".join(f"{literal(v, leaves, f'{where}[{i}]', depth + 1)},\n" for i, v in enumerate(tree)) + ")"
+        return "(" + "".join(f"{literal(v, leaves, f'{where}[{i}]', depth + 1, letter)},\n" for i, v in enumerate(tree)) + ")"
     if isinstance(tree, list):
         raise TypeError(f"{where} is a list; use a tuple: MindSpore recompiles lists and changes their type")
     if tree is None or isinstance(tree, (bool, str)):
@@ -65,7 +65,7 @@ def literal(tree: Any, leaves: dict[int, Any], where: str, depth: int = 0) -> st
                         f"np.float32({tree!r}) or a Tensor, or close over it if it never changes")
     if id(tree) not in leaves:
         leaves[id(tree)] = len(leaves), _tensor(tree, where), tree
-    return f"a{leaves[id(tree)][0]}"
+    return f"{letter}{leaves[id(tree)][0]}"
 
 
 def _tensor(leaf: Any, where: str) -> Tensor:
@@ -189,6 +189,30 @@ class Graph:
     function: Callable
 
 
+@dataclass(frozen=True)
+class Bound:
+    """Trees that graphs close over. literals: their structures; parameters: a Parameter for every leaf, by its name there."""
+
+    literals: tuple[str, ...]
+    parameters: dict[str, Any]
+
+
+def bind(*trees: Any) -> Bound:
+    """Trees for graphs that run often: ``jit(fn, bound=bind(params, cache))`` is a function of fn's other arguments.
+
+    Handing over a tensor costs some 10 us a call, and a model has hundreds; these are Parameters that graphs close over. They
+    share the memory of the leaves: what either changes in place the other sees. Raises TypeError as ``jit`` does.
+    """
+    leaves: dict[int, Any] = {}
+    literals = tuple(literal(tree, leaves, f"bound tree {i}", letter="p") for i, tree in enumerate(trees))
+    parameters = {}
+    for i, tensor, _ in leaves.values():
+        parameter = ms.Parameter(Tensor(np.zeros(1), dtype=tensor.dtype), name=f"bound{next(_numbers)}", requires_grad=False)
+        parameter.set_data(tensor, slice_shape=True)  # the constructor would copy
+        parameters[f"p{i}"] = parameter
+    return Bound(literals, parameters)
+
+
 def run_graph(graph: Graph, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Any]:
     """(flat results, their structure) of a graph, compiled when it is new. It is how every graph runs, save where
     ``parallel.recorded`` puts something else in the place of ``runner``."""
@@ -223,31 +247,35 @@ def _refuse(fn: Any, what: str) -> None:
         raise TypeError(f"{what} got a {type(fn).__name__}; it compiles plain functions: wrap it in a def")
 
 
-def jit(fn: Callable, *, jit_level: str = "O0") -> Callable:
+def jit(fn: Callable, *, jit_level: str = "O0", bound: Bound | None = None) -> Callable:
     """Compile ``fn(*pytrees)`` once per structure and shapes; call it with trees of Tensors or NumPy arrays.
 
     Arguments and results are nested dicts and tuples; None, bool and str in arguments are constants of the compilation.
     Integers of 64 bits become int32 and float64 becomes float32. ``fn`` is compiled from its source: it may close over
     a Config, but not use try, with, lambda, or a list where a tree is meant. Raises TypeError with the remedy for
     whatever MindSpore would recompile or get wrong silently: a list, a Python number, a partial.
+
+    bound: trees that come before the arguments of a call (``bind``). Raises TypeError when fn cannot take them.
     """
     _refuse(fn, "jit")
     graphs: dict[tuple[str, ...], tuple[Callable, int]] = {}
     signature = inspect.signature(fn)
+    if bound is not None:
+        signature = signature.replace(parameters=list(signature.parameters.values())[len(bound.literals):])
     names = list(signature.parameters)
 
     @functools.wraps(fn)  # sets __wrapped__, by which graph code that calls a jitted function inlines it
     def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs:  # graph code gets positional arguments only
-            bound = signature.bind(*args, **kwargs)
-            if bound.kwargs:
-                raise TypeError(f"{fn.__name__}: keyword-only arguments {tuple(bound.kwargs)} cannot cross the compile "
+            given = signature.bind(*args, **kwargs)
+            if given.kwargs:
+                raise TypeError(f"{fn.__name__}: keyword-only arguments {tuple(given.kwargs)} cannot cross the compile "
                                 f"boundary; close over them")
-            args = bound.args
+            args = given.args
         leaves: dict[int, Any] = {}
         key = tuple(literal(a, leaves, names[min(i, len(names) - 1)]) for i, a in enumerate(args))
         if key not in graphs:
-            graphs[key] = _graph(fn, key, len(leaves), jit_level)
+            graphs[key] = _graph(fn, key, len(leaves), jit_level, bound)
         graph, number = graphs[key]
         flat, outline = runner(Graph(fn.__name__, number, key, graph), tuple(tensor for _, tensor, _ in leaves.values()))
         return _restore(outline, iter(flat))
@@ -255,14 +283,16 @@ def jit(fn: Callable, *, jit_level: str = "O0") -> Callable:
     return call
 
 
-def _graph(fn: Callable, literals: tuple[str, ...], n_leaves: int, jit_level: str) -> tuple[Callable, int]:
+def _graph(fn: Callable, literals: tuple[str, ...], n_leaves: int, jit_level: str,
+           bound: Bound | None) -> tuple[Callable, int]:
     ms.set_recursion_limit(RECURSION_LIMIT)
+    first, parameters = (bound.literals, bound.parameters) if bound else ((), {})
     number, sep = next(_numbers), ",\n"  # one leaf a line: MindSpore complains of lines longer than its buffer
     graph = generated(f"def graph({sep.join(f'a{i}' for i in range(n_leaves))}):\n"
-                      f"    out = fn({', '.join(literals)})\n"
+                      f"    out = fn({', '.join(first + literals)})\n"
                       f"    note({number}, outline(out))\n"
                       f"    return flatten(out)\n",
-                      {"fn": fn, "note": _note, "outline": _outline, "flatten": flatten})
+                      {"fn": fn, "note": _note, "outline": _outline, "flatten": flatten} | parameters)
     return ms.jit(graph, jit_level=jit_level), number
 
 

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 from ..kernels.rms_norm import rms_norm
 from ..parallel.rows import gather_seq, scatter_seq
+from ..parallel.shard import psum
 from ..spec import ParamSpec, ones
-from .mla import again, mla, mla_spec
+from .mla import again, cached_mla, mla, mla_spec
 from .mlp import mlp, mlp_spec
-from .moe import moe, moe_spec
+from .moe import mixture, moe, moe_spec
 
 
 def block_spec(cfg, is_moe: bool) -> dict:
@@ -32,3 +33,13 @@ def block(params, x, rope, segment_ids, *, cfg, route, balance, counted=None, se
         y, load, aux = moe(params, h, cfg=cfg, route=route, balance=balance, counted=counted)
         return x + y, (load,), (aux,)
     return x + scatter_seq(mlp(params["mlp"], gather_seq(h, "residual")), "ffn"), (), ()
+
+
+def cached_block(params, x, at, pool, *, cfg, route, block_size):
+    """``block`` of new tokens of some sequences over a layer's cache (``cached_mla``). x: [n, D] -> [n, D]."""
+    x = x + cached_mla(params["attn"], rms_norm(x, params["attn_norm"], cfg.rms_norm_eps), at, pool, cfg=cfg,
+                       block_size=block_size)
+    h = rms_norm(x, params["ffn_norm"], cfg.rms_norm_eps)
+    if "router" in params:
+        return x + mixture(params, h.expand_dims(0), cfg=cfg, route=route)[0][0]
+    return x + psum(mlp(params["mlp"], h), "ffn")

@@ -1,13 +1,15 @@
-"""Multi-head latent attention in its training form (DeepSeek-V3 report, section 2.1.1, equations 1-11)."""
+"""Multi-head latent attention (DeepSeek-V3 report, section 2.1.1, equations 1-11): in its training form, and over a cache."""
 from __future__ import annotations
 
 import mindspore as ms
 from mindspore import ops
 
 from ..kernels.attention import mla_attention
+from ..kernels.latent import latent_attention, write_latents
 from ..kernels.linear import linear
 from ..kernels.rms_norm import rms_norm
 from ..parallel.rows import gather_seq, own_positions, scatter_seq
+from ..parallel.shard import psum
 from ..spec import ParamSpec, normal, ones
 
 
@@ -58,6 +60,33 @@ def mla(params, x, rope, segment_ids, *, cfg, selective=False):
                         qk_nope_head_dim=cfg.qk_nope_head_dim, qk_rope_head_dim=R, v_head_dim=cfg.v_head_dim,
                         scale=cfg.softmax_scale, query_positions=own_positions(kv.shape[1]))
     return scatter_seq(linear(out, params["wo"]), "heads")
+
+
+def cached_mla(params, x, at, pool, *, cfg, block_size):
+    """Attention of n new tokens of some sequences, which it adds to a layer's cache. x: [n, D] -> [n, D].
+
+    at: {"cos", "sin" [L, R/2], "positions", "slots" [n]} and one of "segments" [n] and "tables" [B, M]. Segments: the tokens of a
+    segment are a sequence from its first on, and keys and values are made in full, cheaper than the absorbed form where
+    queries are as many as keys. Tables: they go on from what ``kernels.latent`` finds in the pool, in the absorbed form.
+    """
+    C, R, eps = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.rms_norm_eps
+    if cfg.q_lora_rank is None:
+        q = linear(x, params["wq"])
+    else:
+        q = linear(rms_norm(linear(x, params["wq_a"]), params["q_norm"], eps), params["wq_b"])
+    latent, heads = linear(x, params["wkv_a"]), params["wkv_b"].shape[1] // (cfg.qk_nope_head_dim + cfg.v_head_dim)
+    cos, sin, positions = at["cos"], at["sin"], at["positions"]
+    rows = write_latents(latent, params["kv_norm"], cos, sin, positions, at["slots"], pool, eps=eps)
+    if "tables" in at:
+        out = latent_attention(q, params["wkv_b"], cos, sin, positions, at["tables"], pool, rows, num_heads=heads,
+                               scale=cfg.softmax_scale, block_size=block_size)
+    else:
+        kv, k_pe = linear(rows[:, :C], params["wkv_b"]), latent[:, C:]
+        angles = ops.gather(cos, positions, 0).expand_dims(0), ops.gather(sin, positions, 0).expand_dims(0)
+        out = mla_attention(q.expand_dims(0), kv.expand_dims(0), k_pe.expand_dims(0), angles[0], angles[1],
+                            at["segments"].expand_dims(0), num_heads=heads, qk_nope_head_dim=cfg.qk_nope_head_dim,
+                            qk_rope_head_dim=R, v_head_dim=cfg.v_head_dim, scale=cfg.softmax_scale)[0]
+    return psum(linear(out, params["wo"]), "heads")
 
 
 def _queries(latent, norm, w, eps):

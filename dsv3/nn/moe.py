@@ -36,6 +36,15 @@ def moe(params, x, *, cfg, route, balance, counted=None):
     Returns (y [B, T, D], load [E] int32: tokens per expert, the weighted balance loss: 0-D float32). Where rows are cut, x and
     y are a rank's positions; load and balance loss are about the first ``counted`` positions of whole rows, by default all.
     """
+    B = x.shape[0]
+    y_BTD, idx_TK, scores_TE, logits_TE = mixture(params, x, cfg=cfg, route=route)
+    idx_TK, scores_TE, logits_TE = (_joined(v, B, "residual_seq", counted) for v in (idx_TK, scores_TE, logits_TE))
+    load_E = psum(count_experts(idx_TK, cfg.n_routed_experts), "batch")
+    return y_BTD, load_E, balance(idx_TK, scores_TE, logits_TE, B)
+
+
+def mixture(params, x, *, cfg, route):
+    """``moe`` without its statistics: (y [B, T, D], and what ``route`` answered of a rank's own positions but the weights)."""
     B, t, D = x.shape
     own_TD = x.reshape(B * t, D)
     idx_TK, weights_TK, scores_TE, logits_TE = route(params["router"], own_TD, cfg=cfg)
@@ -49,9 +58,7 @@ def moe(params, x, *, cfg, route, balance, counted=None):
         y_BTD = spread(params["experts"], own_TD, idx_TK, weights_TK, cfg).reshape(B, t, D)
         if "shared" in params:
             y_BTD = y_BTD + _summed(mlp(params["shared"], x_TD), B)
-    idx_TK, scores_TE, logits_TE = (_joined(v, B, "residual_seq", counted) for v in (idx_TK, scores_TE, logits_TE))
-    load_E = psum(count_experts(idx_TK, cfg.n_routed_experts), "batch")
-    return y_BTD, load_E, balance(idx_TK, scores_TE, logits_TE, B)
+    return y_BTD, idx_TK, scores_TE, logits_TE
 
 
 def _joined(x, B, name, counted=None):

@@ -37,11 +37,15 @@ def table_scale(cfg) -> float:
     return mscale(1.0)
 
 
+def rope_table(cfg, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(cos, sin) of positions 0 ... length - 1, each [length, R/2] float32, of angles in float64."""
+    angles, scale = np.arange(length, dtype=np.float64)[:, None] * inverse_frequencies(cfg), table_scale(cfg)
+    return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
+
+
 @constexpr
 def _table(cfg, length: int, fn: str) -> Tensor:
-    angles = np.arange(length, dtype=np.float64)[:, None] * inverse_frequencies(cfg)
-    values = np.cos(angles) if fn == "cos" else np.sin(angles)
-    return Tensor((values * table_scale(cfg)).astype(np.float32)[None])
+    return Tensor(rope_table(cfg, length)[fn == "sin"][None])
 
 
 @constexpr

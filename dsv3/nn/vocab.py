@@ -7,7 +7,7 @@ from mindspore import ops
 from ..kernels.cross_entropy import cross_entropy
 from ..kernels.linear import linear
 from ..parallel.rows import gather_seq, own_seq, scatter_seq
-from ..parallel.shard import part, parts, pmax, psum
+from ..parallel.shard import all_gather, part, parts, pmax, psum
 
 
 def embed(w_WD, tokens):
@@ -26,6 +26,14 @@ def head(params, x):
     if "head" in params:
         return linear(x, params["head"]).astype(ms.float32)
     return linear(x, ops.transpose(params["embed"], (1, 0))).astype(ms.float32)
+
+
+def whole_head(params, x):
+    """``head`` for the whole vocabulary, on every rank. x: [n, D] -> [n, W]."""
+    logits = head(params, x)
+    if parts("vocab") == 1:
+        return logits
+    return ops.transpose(all_gather(ops.transpose(logits, (1, 0)), "vocab"), (1, 0))
 
 
 def token_losses(params, hidden, labels):
