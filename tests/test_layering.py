@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "optim": {"kernels", "schedule", "spec", "transform", "tree"},
     "counts": {"config", "model", "spec", "tree"},
     "data": {"tree", "config"},
+    "text": {"data"},
+    "chat": {"data"},
     "train": FOUNDATION,
     "decode": FOUNDATION,
     "sampling": set(),
@@ -42,7 +44,7 @@ MAY_IMPORT = {
     "parallel": FOUNDATION,
 }
 ANYTHING = {"cli", "bench", "serve", "__init__", "__main__"}
-NO_MINDSPORE = {"config", "tree", "spec", "report", "data"}
+NO_MINDSPORE = {"config", "tree", "spec", "report", "data", "text", "chat"}
 
 
 def room(path):
