@@ -21,7 +21,7 @@ from . import decode
 from .blocks import Blocks, digests
 from .config import Config
 from .sampling import Sampling, choose, log_probabilities
-from .transform import bind, jit
+from .transform import Bound, bind, jit, rebind
 from .tree import tree_map
 
 LEAST_PREFILL, LEAST_CHUNK = 32, 16  # tokens of the smallest graphs
@@ -106,10 +106,10 @@ class Engine:
         self._width = -(-(max_length + speculative) // block_size)  # blocks of the longest sequence
         count = 1 + -(-(max_batch * max_length if cache_tokens is None else cache_tokens) // block_size)
         self.blocks = Blocks(count, block_size)
-        params = _ready(params)
         cache = decode.make_cache(cfg, blocks=count, block_size=block_size, rows=max_batch, max_length=max_length + 1,
-                                  mtp=speculative, dtype=str(params["norm"].dtype).lower())
-        self._prefill, self._extend, self._speculate = _graphs(params, cache, cfg, block_size, speculative)
+                                  mtp=speculative, dtype=str(_ready(params["norm"]).dtype).lower())
+        self._bound = bind(_ready(params), cache)
+        self._prefill, self._extend, self._speculate = _graphs(self._bound, cfg, block_size, speculative)
         self._numbers = itertools.count()
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}  # by number, in order of arrival
@@ -158,10 +158,12 @@ class Engine:
         return Stats(waiting=len(self._waiting), running=len(self._running), blocks=self.blocks.count - 1,
                      free_blocks=self.blocks.free, cached_blocks=self.blocks.kept, **self._counts)
 
-    def forget(self) -> None:
-        """Use no prompt's beginning that was computed before: for params that have changed. Raises ValueError while busy."""
+    def renew(self, params: Any) -> None:
+        """Go on with params that have changed, of the same shapes; nothing computed before is used again. Raises ValueError while
+        requests are being served."""
         if not self.idle:
             raise ValueError("requests are being served with the old params; finish or cancel them first")
+        rebind(self._bound, _ready(params))
         self.blocks.forget()
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -233,8 +235,8 @@ class Engine:
         else:
             ids, logits = self._prefill(*where, fields["segments"], *more)
         for s, count in parts:
-            s.cached, s.behind = s.cached + count, 1
-            self._know(s)
+            s.behind = 1
+            self._advance(s, count)
         done = [(i, s) for i, (s, _) in enumerate(parts) if s.cached == s.prompt]
         found = _Results(ids, logits)
         return [event for i, s in done for event in self._add(s, found, i)]
@@ -280,15 +282,15 @@ class Engine:
 
     def _after(self, s: _Sequence, found: _Results, places: list[int], draft: int | None = None) -> list[Event]:
         """The tokens that follow from a pass over a sequence's last token and perhaps a draft."""
-        s.cached, s.behind = s.cached + 1, 1
+        s.behind = 1
+        self._advance(s, 1)
         events = self._add(s, found, places[0])
         if draft is not None and events[0].token == draft:
             self._counts["accepted"] += 1
             if events[0].finish is None:
-                s.cached, s.behind = s.cached + 1, 2
+                s.behind = 2
+                self._advance(s, 1)
                 events += self._add(s, found, places[1])
-        if s.number in self._running:
-            self._know(s)
         return events
 
     def _add(self, s: _Sequence, found: _Results, place: int) -> list[Event]:
@@ -313,14 +315,15 @@ class Engine:
     def _slots(self, s: _Sequence, positions: np.ndarray) -> np.ndarray:
         return s.table[positions // self.blocks.size] * self.blocks.size + positions % self.blocks.size
 
-    def _know(self, s: _Sequence) -> None:
-        """Make the blocks known that have become full."""
+    def _advance(self, s: _Sequence, count: int) -> None:
+        """So many more of its tokens are in the cache; blocks that have become full are known from now on."""
+        s.cached += count
         full = s.cached // self.blocks.size
         if full > len(s.known):
             s.known = digests(s.tokens[:full * self.blocks.size], self.blocks.size, s.known)
         for i in range(s.told, full):
             self.blocks.know(s.blocks[i], s.known[i])
-        s.told = max(full, s.told)
+        s.told = full
 
 
 class _Results:
@@ -338,10 +341,8 @@ class _Results:
         return self._logits[i]
 
 
-def _graphs(params: Any, cache: dict, cfg: Config, block_size: int, mtp: bool) -> tuple[Callable, Callable, Callable]:
-    """``decode``'s functions over these params and this cache."""
-    bound = bind(params, cache)
-
+def _graphs(bound: Bound, cfg: Config, block_size: int, mtp: bool) -> tuple[Callable, Callable, Callable]:
+    """``decode``'s functions over bound params and cache."""
     def prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows):
         return decode.prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows, cfg=cfg, block_size=block_size,
                               mtp=mtp)

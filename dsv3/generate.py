@@ -7,6 +7,7 @@ from typing import Any
 
 
 from .config import Config
+from .data.tokenizer import Tokenizer
 from .engine import Engine
 from .sampling import Sampling
 from .tree import flatten
@@ -16,11 +17,14 @@ MAX_BATCH = 16  # rows that run together
 _engines: dict[tuple, Engine] = {}  # the last one, for its graphs
 
 
-def generate(params: Any, prompts: Sequence[Sequence[int]], *, cfg: Config, max_new_tokens: int = 32,
+def generate(params: Any, prompts: Sequence[Sequence[int]] | Sequence[str], *, cfg: Config, max_new_tokens: int = 32,
              temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
              seed: int = 0, eos_token_id: int | Sequence[int] | None = None, stop_token_ids: Sequence[int] = (),
-             speculative: bool = False, on_token: Callable[[int, int], bool | None] | None = None) -> list[list[int]]:
+             speculative: bool = False, tokenizer: Tokenizer | None = None,
+             on_token: Callable[[int, int], bool | None] | None = None) -> list[list[int]] | list[str]:
     """Continue each prompt (a list of ids) by at most ``max_new_tokens`` ids; returns only the new ones.
+
+    With a tokenizer the prompts are texts, begun with its bos and ended by its eos, and so are the results.
 
     temperature 0 is greedy; the filters are those of ``sampling.Sampling``. Row i draws by (seed, i), so that its text does not
     depend on the rows around it. A row ends after an id of eos_token_id or stop_token_ids. speculative: draft with the model's
@@ -28,6 +32,10 @@ def generate(params: Any, prompts: Sequence[Sequence[int]], *, cfg: Config, max_
     The graphs of the last call serve the next with the same params, settings and sizes.
     Raises ValueError for an empty prompt, an id outside the vocabulary or a setting out of range.
     """
+    if tokenizer is not None:
+        begin = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+        eos_token_id = tokenizer.eos_id if eos_token_id is None else eos_token_id
+        prompts = [[*begin, *tokenizer.encode(text)] for text in prompts]
     eos = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     rows = [[int(t) for t in prompt] for prompt in prompts]
     for i, row in enumerate(rows):
@@ -62,7 +70,9 @@ def generate(params: Any, prompts: Sequence[Sequence[int]], *, cfg: Config, max_
     finally:
         for request in row_of:
             engine.cancel(request)
-    return new
+    if tokenizer is None:
+        return new
+    return [tokenizer.decode(row[:-1] if row and row[-1] in eos else row) for row in new]
 
 
 def _engine(params: Any, cfg: Config, max_length: int, speculative: bool) -> Engine:
@@ -73,5 +83,6 @@ def _engine(params: Any, cfg: Config, max_length: int, speculative: bool) -> Eng
         _engines.clear()
         _engines[key] = Engine(params, cfg, max_batch=MAX_BATCH, max_length=max_length, speculative=speculative)
         weakref.finalize(next(leaf for leaf in leaves if hasattr(leaf, "shape")), _engines.pop, key, None)
-    _engines[key].forget()  # a training step may have changed what the tensors hold
+    else:
+        _engines[key].renew(params)  # a training step may have changed what the tensors hold
     return _engines[key]

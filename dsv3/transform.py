@@ -205,12 +205,21 @@ def bind(*trees: Any) -> Bound:
     """
     leaves: dict[int, Any] = {}
     literals = tuple(literal(tree, leaves, f"bound tree {i}", letter="p") for i, tree in enumerate(trees))
-    parameters = {}
+    parameters = {f"p{i}": ms.Parameter(Tensor(np.zeros(1), dtype=tensor.dtype), name=f"bound{next(_numbers)}", requires_grad=False)
+                  for i, tensor, _ in leaves.values()}
+    bound = Bound(literals, parameters)
+    rebind(bound, *trees)
+    return bound
+
+
+def rebind(bound: Bound, *trees: Any) -> None:
+    """Let graphs see other tensors in the place of the first trees that were bound, of the same structure, shapes and dtypes."""
+    leaves: dict[int, Any] = {}
+    literals = tuple(literal(tree, leaves, f"bound tree {i}", letter="p") for i, tree in enumerate(trees))
+    if literals != bound.literals[:len(trees)]:
+        raise TypeError("rebind: the trees have another structure than those that were bound; bind them anew")
     for i, tensor, _ in leaves.values():
-        parameter = ms.Parameter(Tensor(np.zeros(1), dtype=tensor.dtype), name=f"bound{next(_numbers)}", requires_grad=False)
-        parameter.set_data(tensor, slice_shape=True)  # the constructor would copy
-        parameters[f"p{i}"] = parameter
-    return Bound(literals, parameters)
+        bound.parameters[f"p{i}"].set_data(tensor, slice_shape=True)  # shares the memory, where the constructor would copy
 
 
 def run_graph(graph: Graph, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Any]:

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "sampling": set(),
     "blocks": set(),
     "engine": FOUNDATION | {"blocks", "decode", "sampling"},
-    "generate": FOUNDATION | {"engine", "sampling"},
+    "generate": FOUNDATION | {"data", "engine", "sampling"},
     "lora": FOUNDATION,
     "checkpoint": FOUNDATION,
     "parallel": FOUNDATION,
