@@ -13,7 +13,7 @@
 #include <limits>
 #include <vector>
 
-#include "common.h"
+#include "rows.h"
 
 namespace {
 
@@ -269,6 +269,14 @@ int experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*
   float *y = floats(data[6]), *gate = floats(data[7]), *up = floats(data[8]), *rows = floats(data[11]);
   int32_t *order = ints(data[9]), *ends = ints(data[10]);
   if (!sort_pairs(ints(data[4]), P, E, order, ends)) return 1;
+  // No expert has more rows than there are tokens: with few, a token's result owes nothing to the others.
+  const bool few = T <= dsv3::kFewRows;
+  auto multiply = [few](const float* a, int64_t m, int64_t depth, const float* w, int64_t width, float* product) {
+    if (few)
+      dsv3::multiply_rows(a, m, depth, w, width, product);
+    else
+      sgemm('N', 'N', m, width, depth, 1, a, depth, w, width, 0, product, width);
+  };
   const auto pieces = row_pieces(ends, E);
   parallel_for(pieces.size(), [&](int64_t i) {
     const auto [e, begin, end] = pieces[i];
@@ -276,12 +284,12 @@ int experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*
     float *inputs = dsv3::scratch(m * (D + F)), *hidden = inputs + m * D;
     float *g = gate + begin * F, *u = up + begin * F;
     gather(x, order, begin, end, K, D, inputs);
-    sgemm('N', 'N', m, F, D, 1, inputs, D, w_gate + e * D * F, F, 0, g, F);
-    sgemm('N', 'N', m, F, D, 1, inputs, D, w_up + e * D * F, F, 0, u, F);
+    multiply(inputs, m, D, w_gate + e * D * F, F, g);
+    multiply(inputs, m, D, w_up + e * D * F, F, u);
     // The weight scales the hidden row, which is shorter than the output's and gives the same product.
     for (int64_t r = 0; r < m; ++r)
       swiglu(g + r * F, u + r * F, weights[order[begin + r]], hidden + r * F, F);
-    sgemm('N', 'N', m, D, F, 1, hidden, F, w_down + e * F * D, D, 0, rows + begin * D, D);
+    multiply(hidden, m, F, w_down + e * F * D, D, rows + begin * D);
   });
   combine(rows, order, T, K, D, y);
   return 0;
