@@ -50,7 +50,7 @@ def bytes_per_token(cfg: Config, mtp: bool = False, dtype_bytes: int = 4) -> int
     return (cfg.num_hidden_layers + bool(mtp)) * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * dtype_bytes
 
 
-def prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows, *, cfg, block_size, mtp):
+def prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows, *, cfg, block_size, mtp, fused=False):
     """Whole prompts, one after another, each a segment; nothing of them is in the cache yet.
 
     tokens, positions, slots, segments: [n] int32; last: [m] int32, which of the n tokens' logits are wanted. With ``mtp`` the
@@ -58,17 +58,17 @@ def prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows
     hidden states of ``last`` are kept in rows [m] of cache["hidden"]. Returns (the likeliest next ids [m] int32, logits [m, W] float32).
     """
     at = {"cos": cache["cos"], "sin": cache["sin"], "positions": positions, "slots": slots, "segments": segments}
-    return _filled(params, cache, tokens, at, last, ahead, rows, cfg, block_size, mtp)
+    return _filled(params, cache, tokens, at, last, ahead, rows, cfg, block_size, mtp, fused)
 
 
-def extend(params, cache, tokens, positions, slots, tables, last, ahead, rows, *, cfg, block_size, mtp):
+def extend(params, cache, tokens, positions, slots, tables, last, ahead, rows, *, cfg, block_size, mtp, fused=False):
     """``prefill`` of tokens that go on from what is cached of B sequences, n / B tokens of each. tables: [B, M] int32, the
     blocks of each; a token sees what they hold up to its own position."""
     at = {"cos": cache["cos"], "sin": cache["sin"], "positions": positions, "slots": slots, "tables": tables}
-    return _filled(params, cache, tokens, at, last, ahead, rows, cfg, block_size, mtp)
+    return _filled(params, cache, tokens, at, last, ahead, rows, cfg, block_size, mtp, fused)
 
 
-def speculate(params, cache, behind, tokens, positions, slots, tables, *, cfg, block_size):
+def speculate(params, cache, behind, tokens, positions, slots, tables, *, cfg, block_size, fused=False):
     """One step of B sequences that drafts a token of each with the MTP module and verifies it in the same pass of the model.
 
     behind: what the MTP module has not seen, two tokens a sequence: {"tokens", "positions", "slots", "rows" [2B] int32, "at"
@@ -81,40 +81,40 @@ def speculate(params, cache, behind, tokens, positions, slots, tables, *, cfg, b
     B, module = tokens.shape[0], params["mtp"][0]
     at = {"cos": cache["cos"], "sin": cache["sin"], "positions": behind["positions"], "slots": behind["slots"], "tables": tables}
     hidden = ops.gather(cache["hidden"], behind["rows"], 0)
-    x = _draft(params, cache, behind["tokens"], hidden, at, cfg, block_size)
+    x = _draft(params, cache, behind["tokens"], hidden, at, cfg, block_size, fused)
     chosen = rms_norm(ops.gather(x, behind["at"], 0), module["norm"], cfg.rms_norm_eps)
     drafts = ops.argmax(whole_head(module if "head" in module else params, chosen), -1).astype(ms.int32)
     at = {"cos": cache["cos"], "sin": cache["sin"], "positions": positions, "slots": slots, "tables": tables}
-    hidden = _hidden(params, cache, ops.stack((tokens, drafts), 1).reshape(2 * B), at, cfg, block_size)
+    hidden = _hidden(params, cache, ops.stack((tokens, drafts), 1).reshape(2 * B), at, cfg, block_size, fused)
     kept = ops.scatter_update(cache["hidden"], behind["into"], hidden)
     ids, logits = _logits(params, hidden)
     return drafts, ops.depend(ids, kept), logits
 
 
-def _filled(params, cache, tokens, at, last, ahead, rows, cfg, block_size, mtp):
-    hidden = _hidden(params, cache, tokens, at, cfg, block_size)
+def _filled(params, cache, tokens, at, last, ahead, rows, cfg, block_size, mtp, fused):
+    hidden = _hidden(params, cache, tokens, at, cfg, block_size, fused)
     last_hidden = ops.gather(hidden, last, 0)
     ids, logits = _logits(params, last_hidden)
     if mtp:
-        drafted = _draft(params, cache, ahead, hidden, at, cfg, block_size)
+        drafted = _draft(params, cache, ahead, hidden, at, cfg, block_size, fused)
         ids = ops.depend(ids, (drafted, ops.scatter_update(cache["hidden"], rows, last_hidden)))
     return ids, logits
 
 
-def _hidden(params, cache, tokens, at, cfg, block_size):
+def _hidden(params, cache, tokens, at, cfg, block_size, fused):
     """Of the last main block, normalised. [n] -> [n, D]."""
     x = embed(params["embed"], tokens.expand_dims(0))[0]
     for i in range(len(params["layers"])):
-        x = cached_block(params["layers"][i], x, at, cache["layers"][i], cfg=cfg, route=route, block_size=block_size)
+        x = cached_block(params["layers"][i], x, at, cache["layers"][i], cfg=cfg, route=route, block_size=block_size, fused=fused)
     return rms_norm(x, params["norm"], cfg.rms_norm_eps)
 
 
-def _draft(params, cache, ahead, hidden, at, cfg, block_size):
+def _draft(params, cache, ahead, hidden, at, cfg, block_size, fused):
     """Of the MTP block, for tokens ``ahead`` [n] of the hidden states [n, D] (``nn.mtp``), at the positions of these."""
     module = params["mtp"][0]
     embedded = embed(module["embed"] if "embed" in module else params["embed"], ahead.expand_dims(0))[0]
     return cached_block(module, mtp_input(module, embedded, hidden, cfg=cfg), at, cache["layers"][len(params["layers"])], cfg=cfg,
-                        route=route, block_size=block_size)
+                        route=route, block_size=block_size, fused=fused)
 
 
 def _logits(params, hidden):

@@ -20,9 +20,10 @@ import numpy as np
 from . import decode
 from .blocks import Blocks, digests
 from .config import Config
+from .parallel.shard import here
 from .sampling import Sampling, choose, log_probabilities
 from .transform import Bound, bind, jit, rebind
-from .tree import tree_map
+from .tree import flatten, tree_map
 
 LEAST_PREFILL, LEAST_CHUNK = 32, 16  # tokens of the smallest graphs
 
@@ -109,7 +110,7 @@ class Engine:
         cache = decode.make_cache(cfg, blocks=count, block_size=block_size, rows=max_batch, max_length=max_length + 1,
                                   mtp=speculative, dtype=str(_ready(params["norm"]).dtype).lower())
         self._bound = bind(_ready(params), cache)
-        self._prefill, self._extend, self._speculate = _graphs(self._bound, cfg, block_size, speculative)
+        self._prefill, self._extend, self._speculate = _graphs(self._bound, cfg, block_size, speculative, _whole(params))
         self._numbers = itertools.count()
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}  # by number, in order of arrival
@@ -341,20 +342,26 @@ class _Results:
         return self._logits[i]
 
 
-def _graphs(bound: Bound, cfg: Config, block_size: int, mtp: bool) -> tuple[Callable, Callable, Callable]:
+def _graphs(bound: Bound, cfg: Config, block_size: int, mtp: bool, fused: bool) -> tuple[Callable, Callable, Callable]:
     """``decode``'s functions over bound params and cache."""
     def prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows):
         return decode.prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows, cfg=cfg, block_size=block_size,
-                              mtp=mtp)
+                              mtp=mtp, fused=fused)
 
     def extend(params, cache, tokens, positions, slots, tables, last, ahead, rows):
         return decode.extend(params, cache, tokens, positions, slots, tables, last, ahead, rows, cfg=cfg, block_size=block_size,
-                             mtp=mtp)
+                             mtp=mtp, fused=fused)
 
     def speculate(params, cache, behind, tokens, positions, slots, tables):
-        return decode.speculate(params, cache, behind, tokens, positions, slots, tables, cfg=cfg, block_size=block_size)
+        return decode.speculate(params, cache, behind, tokens, positions, slots, tables, cfg=cfg, block_size=block_size,
+                                fused=fused)
 
     return jit(prefill, bound=bound), jit(extend, bound=bound), jit(speculate, bound=bound)
+
+
+def _whole(params: Any) -> bool:
+    """Whether this is one device with plain numbers, for whose few tokens ``kernels.step`` has operators."""
+    return here() is None and all(getattr(leaf, "dtype", None) == ms.float32 for leaf in flatten(_ready(params)))
 
 
 def _ready(params: Any) -> Any:

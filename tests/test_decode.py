@@ -85,7 +85,7 @@ def test_writing_rows(form):
 class Decoder:
     """The graphs for one sequence or more, with tables of their own."""
 
-    def __init__(self, params, cfg, rows, length, mtp=False):
+    def __init__(self, params, cfg, rows, length, mtp=False, fused=True):
         self.M = -(-length // BLOCK)
         cache = decode.make_cache(cfg, blocks=1 + rows * self.M, block_size=BLOCK, rows=rows, max_length=length, mtp=mtp)
         bound = bind(params, cache)
@@ -93,10 +93,10 @@ class Decoder:
         self.tables = order.reshape(rows, self.M).astype(np.int32)
 
         def prefill(params, cache, *rest):
-            return decode.prefill(params, cache, *rest, cfg=cfg, block_size=BLOCK, mtp=mtp)
+            return decode.prefill(params, cache, *rest, cfg=cfg, block_size=BLOCK, mtp=mtp, fused=fused)
 
         def extend(params, cache, *rest):
-            return decode.extend(params, cache, *rest, cfg=cfg, block_size=BLOCK, mtp=mtp)
+            return decode.extend(params, cache, *rest, cfg=cfg, block_size=BLOCK, mtp=mtp, fused=fused)
 
         self._prefill, self._extend = jit(prefill, bound=bound), jit(extend, bound=bound)
 
@@ -122,15 +122,21 @@ class Decoder:
         return self._extend(*flat, self.tables[:B], every, flat[0], every * 0)[1].asnumpy().reshape(B, T, -1)
 
 
-@pytest.mark.parametrize("changes", [{}, {"rope_scaling": YARN, "rope_theta": 100.0}, {"q_lora_rank": None}, {"first_k_dense_replace": 3}],
-                         ids=["plain", "yarn", "no q_lora", "dense"])
-def test_every_step_is_the_forward(changes):
+@pytest.mark.parametrize("fused, changes", [
+    (True, {}), (False, {}), (True, {"rope_scaling": YARN, "rope_theta": 100.0}), (False, {"rope_scaling": YARN, "rope_theta": 100.0}),
+    (True, {"q_lora_rank": None, "n_shared_experts": None, "norm_topk_prob": False}),
+    (True, {"scoring_func": "softmax", "topk_method": "greedy", "n_shared_experts": 2}),
+], ids=["plain", "composed", "yarn", "yarn composed", "no q_lora, none shared", "softmax, greedy"])
+def test_every_step_is_the_forward(fused, changes):
     """Packed prompts, then single tokens, then several at once, of rows of different lengths: the forward's logits."""
     cfg = TINY.replace(**changes)
     params, rng = dsv3.init(cfg, seed=1), np.random.default_rng(0)
+    for layer in params["layers"]:
+        if "bias" in layer.get("router", {}):
+            layer["router"]["bias"] = Tensor(rng.standard_normal(cfg.n_routed_experts).astype(np.float32) * 0.1)
     tokens = rng.integers(0, cfg.vocab_size, (3, 40))
     whole = forward(params, tokens, cfg=cfg).asnumpy()
-    decoder, starts = Decoder(params, cfg, 3, 40), [9, 1, 20]
+    decoder, starts = Decoder(params, cfg, 3, 40, fused=fused), [9, 1, 20]
     for b, found in enumerate(decoder.fresh([tokens[b, :n] for b, n in enumerate(starts)])):
         np.testing.assert_allclose(found, whole[b, :starts[b]], rtol=0, atol=1e-5)
     for width in (1,) * 8 + (4,) * 3:

@@ -6,11 +6,13 @@
 // on the threads: results are bit-reproducible. A function returns 0, or 1 after it has said on stderr what
 // was wrong with its integers.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "rows.h"
@@ -62,8 +64,7 @@ float sum(const float* values, int64_t n) {
 }
 
 // out = weight * silu(gate) * up
-void swiglu(const float* __restrict gate, const float* __restrict up, float weight, float* __restrict out,
-            int64_t n) {
+void swiglu(const float* gate, const float* __restrict up, float weight, float* out, int64_t n) {  // out may be gate
   for (int64_t i = 0; i < n; ++i) {
     const float sigmoid = 1.0f / (1.0f + fast_exp(-gate[i]));
     out[i] = weight * (gate[i] * sigmoid * up[i]);
@@ -92,6 +93,18 @@ float swiglu_grad(const float* __restrict gate, const float* __restrict up, floa
     d_weight += sum(products, size);
   }
   return d_weight;
+}
+
+// y = x / rms(x) * weight, a row at a time
+void normalise(const float* x, int64_t n, int64_t D, const float* weight, float eps, float* y) {
+  for (int64_t i = 0; i < n; ++i) {
+    float squares[kLanes] = {}, total = 0;
+    const float* row = x + i * D;
+    for (int64_t d = 0; d < D; ++d) squares[d % kLanes] += row[d] * row[d];
+    for (float s : squares) total += s;
+    const float scale = 1.0f / std::sqrt(total / D + eps);
+    for (int64_t d = 0; d < D; ++d) y[i * D + d] = row[d] * scale * weight[d];
+  }
 }
 
 // ---- groups of rows ---------------------------------------------------------------------------------------
@@ -235,6 +248,44 @@ void highest(const float* values, int64_t n, int64_t k, int32_t* chosen) {
   }
 }
 
+// Group-limited choice of K of E experts. options: groups, groups kept, 1 when a group scores by its two highest.
+struct Choice {
+  int64_t E, groups, kept, size, summed, K;
+
+  Choice(int64_t E, const int32_t* options, int64_t K)
+      : E(E), groups(options[0]), kept(options[1]), size(E / groups), summed(std::min<int64_t>(options[2] ? 2 : 1, size)), K(K) {}
+
+  // row [E] -> idx [K]
+  void operator()(const float* row, int32_t* idx) const {
+    std::vector<float> limited, scores(groups);
+    std::vector<int32_t> best(std::max(groups, size));
+    if (kept < groups) {
+      for (int64_t g = 0; g < groups; ++g) {
+        highest(row + g * size, size, summed, best.data());
+        scores[g] = row[g * size + best[0]] + (summed == 2 ? row[g * size + best[1]] : 0.0f);
+      }
+      highest(scores.data(), groups, kept, best.data());
+      limited.assign(E, -std::numeric_limits<float>::infinity());
+      for (int64_t i = 0; i < kept; ++i)
+        std::memcpy(&limited[best[i] * size], row + best[i] * size, size * sizeof(float));
+      row = limited.data();
+    }
+    highest(row, E, K, idx);
+  }
+};
+
+// scores[e]: sigmoid, or softmax, of a token's logits.
+void score(const float* logits, int64_t E, bool sigmoid, float* scores) {
+  if (sigmoid) {
+    for (int64_t e = 0; e < E; ++e) scores[e] = 1.0f / (1.0f + std::exp(-logits[e]));
+    return;
+  }
+  const float top = *std::max_element(logits, logits + E);
+  for (int64_t e = 0; e < E; ++e) scores[e] = std::exp(logits[e] - top);
+  const float total = sum(scores, E);
+  for (int64_t e = 0; e < E; ++e) scores[e] /= total;
+}
+
 float* floats(void* pointer) { return static_cast<float*>(pointer); }
 int32_t* ints(void* pointer) { return static_cast<int32_t*>(pointer); }
 
@@ -340,29 +391,11 @@ int experts_grad(int, void** data, int*, int64_t** shapes, const char**, void*, 
 // -> idx [T, K]
 int choose_experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t T = shapes[0][0], E = shapes[0][1], K = shapes[2][1];
-  const float* choice = floats(data[0]);
-  const int64_t groups = ints(data[1])[0], kept = ints(data[1])[1], size = E / groups;
-  const int64_t summed = std::min<int64_t>(ints(data[1])[2] ? 2 : 1, size);
-  int32_t* idx = ints(data[2]);
+  const Choice choice(E, ints(data[1]), K);
   constexpr int64_t kTokens = 64;
   parallel_for((T + kTokens - 1) / kTokens, [&](int64_t task) {
-    std::vector<float> limited(E), scores(groups);
-    std::vector<int32_t> best(std::max(groups, size));
-    for (int64_t t = task * kTokens; t < std::min(T, (task + 1) * kTokens); ++t) {
-      const float* row = choice + t * E;
-      if (kept < groups) {
-        for (int64_t g = 0; g < groups; ++g) {
-          highest(row + g * size, size, summed, best.data());
-          scores[g] = row[g * size + best[0]] + (summed == 2 ? row[g * size + best[1]] : 0.0f);
-        }
-        highest(scores.data(), groups, kept, best.data());
-        std::fill(limited.begin(), limited.end(), -std::numeric_limits<float>::infinity());
-        for (int64_t i = 0; i < kept; ++i)
-          std::memcpy(&limited[best[i] * size], row + best[i] * size, size * sizeof(float));
-        row = limited.data();
-      }
-      highest(row, E, K, idx + t * K);
-    }
+    for (int64_t t = task * kTokens; t < std::min(T, (task + 1) * kTokens); ++t)
+      choice(floats(data[0]) + t * E, ints(data[2]) + t * K);
   });
   return 0;
 }
@@ -375,6 +408,82 @@ int count_experts(int, void** data, int*, int64_t** shapes, const char**, void*,
   std::memset(counts, 0, experts * sizeof(int32_t));
   for (int64_t p = 0; p < pairs; ++p)
     if (idx[p] >= 0 && idx[p] < experts) ++counts[idx[p]];
+  return 0;
+}
+
+// A dense feed-forward block of few tokens. x [n, D], its norm [D], w_gate and w_up [D, F], w_down [F, D], eps [1]
+// -> x + mlp [n, D]
+int mlp_step(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
+  const int64_t n = shapes[0][0], D = shapes[0][1], F = shapes[2][1];
+  const float *x = floats(data[0]), *norm = floats(data[1]), eps = *floats(data[5]);
+  float* y = floats(data[6]);
+  const std::unique_ptr<float[]> memory(new float[n * (D + 2 * F)]);
+  float *h = memory.get(), *gate = h + n * D, *up = gate + n * F;
+  normalise(x, n, D, norm, eps, h);
+  dsv3::multiply_all({{h, n, D, floats(data[2]), F, gate}, {h, n, D, floats(data[3]), F, up}});
+  swiglu(gate, up, 1.0f, gate, n * F);
+  dsv3::multiply_all({{gate, n, F, floats(data[4]), D, y}});
+  for (int64_t i = 0; i < n * D; ++i) y[i] += x[i];
+  return 0;
+}
+
+// A mixture-of-experts block of few tokens. x [n, D], its norm [D], router [D, E], bias [E], w_gate and w_up [E, D, F], w_down
+// [E, F, D], shared w_gate and w_up [D, G], w_down [G, D] ([1] each where there are none), options int32 (those of
+// choose_experts, 1 for sigmoid scores, 1 for weights that sum to one, K), numbers (eps, factor of the weights)
+// -> x + moe [n, D]
+int moe_step(int, void** data, int* ndims, int64_t** shapes, const char**, void*, void*) {
+  const int64_t n = shapes[0][0], D = shapes[0][1], E = shapes[2][1], F = shapes[4][2], G = ndims[7] == 2 ? shapes[7][1] : 0;
+  const float *x = floats(data[0]), *bias = floats(data[3]), *numbers = floats(data[11]);
+  const int32_t* options = ints(data[10]);
+  const int64_t K = options[5], P = n * K;
+  float* y = floats(data[12]);
+  const std::unique_ptr<float[]> memory(new float[n * (2 * D + 2 * E + 2 * G + K) + P * (2 * D + 2 * F)]);
+  float *h = memory.get(), *common = h + n * D, *logits = common + n * D, *scores = logits + n * E, *gate = scores + n * E;
+  float *up = gate + n * G, *weights = up + n * G, *inputs = weights + P, *rows = inputs + P * D, *g = rows + P * D, *u = g + P * F;
+  std::vector<int32_t> idx(P), order(P), ends(E);
+
+  normalise(x, n, D, floats(data[1]), numbers[0], h);
+  if (G) {
+    dsv3::multiply_all({{h, n, D, floats(data[2]), E, logits}, {h, n, D, floats(data[7]), G, gate}, {h, n, D, floats(data[8]), G, up}});
+    swiglu(gate, up, 1.0f, gate, n * G);
+  } else {
+    dsv3::multiply_all({{h, n, D, floats(data[2]), E, logits}});
+  }
+  const Choice choose(E, options, K);
+  for (int64_t t = 0; t < n; ++t) {
+    float *s = scores + t * E, *l = logits + t * E, *w = weights + t * K, total = 0;
+    score(l, E, options[3], s);
+    for (int64_t e = 0; e < E; ++e) l[e] = s[e] + bias[e];
+    choose(l, &idx[t * K]);
+    for (int64_t k = 0; k < K; ++k) total += w[k] = s[idx[t * K + k]];  // of the unbiased scores
+    for (int64_t k = 0; k < K; ++k) w[k] = (options[4] ? w[k] / (total + 1e-20f) : w[k]) * numbers[1];
+  }
+  if (!sort_pairs(idx.data(), P, E, order.data(), ends.data())) return 1;
+  gather(h, order.data(), 0, P, K, D, inputs);
+  const auto pieces = row_pieces(ends.data(), E);
+  const int64_t shared = G ? 1 : 0;
+  auto task = [&](int64_t i) {
+    if (i == (int64_t)pieces.size()) return dsv3::multiply_rows(gate, n, G, floats(data[9]), D, common);
+    const auto [e, begin, end] = pieces[i];
+    const int64_t m = end - begin;
+    dsv3::multiply_rows(inputs + begin * D, m, D, floats(data[4]) + e * D * F, F, g + begin * F);
+    dsv3::multiply_rows(inputs + begin * D, m, D, floats(data[5]) + e * D * F, F, u + begin * F);
+    for (int64_t r = begin; r < end; ++r) swiglu(g + r * F, u + r * F, weights[order[r]], g + r * F, F);
+    dsv3::multiply_rows(g + begin * F, m, F, floats(data[6]) + e * D * F, D, rows + begin * D);
+  };
+  const int64_t tasks = pieces.size() + shared;
+  if (n * D * (3 * K * F + G) > dsv3::kAlone)
+    parallel_for(tasks, task);
+  else
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+  std::vector<int32_t> row_of(P);
+  for (int64_t row = 0; row < P; ++row) row_of[order[row]] = row;
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t d = 0; d < D; ++d) {
+      float routed = 0;
+      for (int64_t k = 0; k < K; ++k) routed += rows[row_of[t * K + k] * D + d];
+      y[t * D + d] = x[t * D + d] + (G ? routed + common[t * D + d] : routed);
+    }
   return 0;
 }
 }

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from ..kernels.rms_norm import rms_norm
+from ..kernels.step import attention_step, fits, mlp_step, moe_step
 from ..parallel.rows import gather_seq, scatter_seq
 from ..parallel.shard import psum
 from ..spec import ParamSpec, ones
@@ -35,11 +36,20 @@ def block(params, x, rope, segment_ids, *, cfg, route, balance, counted=None, se
     return x + scatter_seq(mlp(params["mlp"], gather_seq(h, "residual")), "ffn"), (), ()
 
 
-def cached_block(params, x, at, pool, *, cfg, route, block_size):
-    """``block`` of new tokens of some sequences over a layer's cache (``cached_mla``). x: [n, D] -> [n, D]."""
-    x = x + cached_mla(params["attn"], rms_norm(x, params["attn_norm"], cfg.rms_norm_eps), at, pool, cfg=cfg,
-                       block_size=block_size)
-    h = rms_norm(x, params["ffn_norm"], cfg.rms_norm_eps)
+def cached_block(params, x, at, pool, *, cfg, route, block_size, fused=False):
+    """``block`` of new tokens of some sequences over a layer's cache (``cached_mla``). x: [n, D] -> [n, D].
+
+    fused: in the CPU's own operators where there are few tokens, for whole float32 params and the default router.
+    """
+    eps = cfg.rms_norm_eps
+    if fused and "tables" in at and fits(x.shape[0]):
+        x = attention_step(x, params["attn_norm"], params["attn"], at, pool, num_heads=cfg.num_attention_heads,
+                           scale=cfg.softmax_scale, block_size=block_size, eps=eps)
+        if "router" in params:
+            return moe_step(x, params["ffn_norm"], params, cfg=cfg)
+        return mlp_step(x, params["ffn_norm"], params["mlp"], eps=eps)
+    x = x + cached_mla(params["attn"], rms_norm(x, params["attn_norm"], eps), at, pool, cfg=cfg, block_size=block_size)
+    h = rms_norm(x, params["ffn_norm"], eps)
     if "router" in params:
         return x + mixture(params, h.expand_dims(0), cfg=cfg, route=route)[0][0]
     return x + psum(mlp(params["mlp"], h), "ffn")

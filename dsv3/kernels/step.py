@@ -1,0 +1,86 @@
+"""A block of few tokens in two operators: what decoding one token at a time spends on the CPU is the launch of kernels, not
+their work. C++ only (``latent.cc``, ``moe.cc``); ``nn.block.cached_block`` is the composition that it equals.
+"""
+from __future__ import annotations
+
+import functools
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from mindspore.ops.primitive import constexpr
+
+from dsv3.kernels import native
+from dsv3.kernels.linear import FEW_ROWS
+
+
+@constexpr
+def fits(n: int) -> bool:
+    """Whether so many tokens go through these operators; params must be float32 and whole."""
+    return native.why_reference() is None and n <= FEW_ROWS
+
+
+def attention_step(x, norm, params, at, pool, *, num_heads, scale, block_size, eps):
+    """x + attention of RMSNorm(x) over a layer's cache, which gets the rows of x. x: [n, D]; the rest as in ``cached_mla``."""
+    low_rank = "wq_a" in params
+    first = (params["wq_a"], params["q_norm"], params["wq_b"]) if low_rank else (norm, norm, params["wq"])
+    return _ops_of("attention")(x, norm, first[0], first[1], first[2], params["wkv_a"], params["kv_norm"], params["wkv_b"], params["wo"],
+                                at["cos"], at["sin"], at["positions"], at["slots"], at["tables"], pool, _scales(num_heads, scale),
+                                _length(block_size), _numbers(eps))
+
+
+def mlp_step(x, norm, params, *, eps):
+    """x + ``nn.mlp.mlp`` of RMSNorm(x). x: [n, D]."""
+    return _ops_of("mlp")(x, norm, params["w_gate"], params["w_up"], params["w_down"], _numbers(eps))
+
+
+def moe_step(x, norm, params, *, cfg):
+    """x + ``nn.moe.mixture`` of RMSNorm(x), routed as ``nn.router.route`` does. x: [n, D]; params: those of the block."""
+    router, experts = params["router"], params["experts"]
+    bias = router["bias"] if "bias" in router else _zeros(cfg.n_routed_experts)
+    none = _zeros(1)
+    shared = (none, none, none)
+    if "shared" in params:
+        shared = params["shared"]["w_gate"], params["shared"]["w_up"], params["shared"]["w_down"]
+    return _ops_of("moe")(x, norm, router["w"], bias, experts["w_gate"], experts["w_up"], experts["w_down"], shared[0], shared[1],
+                          shared[2], _options(cfg), _numbers(cfg.rms_norm_eps, cfg.routed_scaling_factor))
+
+
+@constexpr
+def _scales(num_heads, scale):
+    return Tensor(np.full(num_heads, scale, np.float32))  # its length tells the kernel the number of heads
+
+
+@constexpr
+def _length(n):
+    return Tensor(np.zeros(n, np.int32))  # tells the kernel the size of a block
+
+
+@constexpr
+def _numbers(*values):
+    return Tensor(np.array(values, np.float32))
+
+
+@constexpr
+def _zeros(n):
+    return Tensor(np.zeros(n, np.float32))
+
+
+@constexpr
+def _options(cfg):
+    limited, biased = cfg.topk_method != "greedy", cfg.topk_method == "noaux_tc"
+    return Tensor(np.array([cfg.n_group if limited else 1, cfg.topk_group if limited else 1, biased, cfg.scoring_func == "sigmoid",
+                            cfg.norm_topk_prob, cfg.num_experts_per_tok], np.int32))
+
+
+@functools.cache
+def _ops():
+    def op(stem, name):
+        return native.native_op(stem, name, lambda x, *rest: x, lambda x, *rest: ms.float32)
+
+    return {"attention": op("latent", "attention_step"), "mlp": op("moe", "mlp_step"), "moe": op("moe", "moe_step")}
+
+
+@constexpr
+def _ops_of(name):
+    return _ops()[name]
