@@ -7,11 +7,12 @@ that the number of graphs is bounded by the logarithms of chunk and max_batch.
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mindspore as ms
@@ -20,7 +21,10 @@ import numpy as np
 from . import decode
 from .blocks import Blocks, digests
 from .config import Config
-from .parallel.shard import here
+from .parallel.groups import own_rank
+from .parallel.mesh import Mesh
+from .parallel.rules import Rules, make_rules
+from .parallel.shard import Placement, placed
 from .sampling import Sampling, choose, log_probabilities
 from .transform import Bound, bind, jit, rebind
 from .tree import flatten, tree_map
@@ -87,12 +91,16 @@ class Engine:
     cache_tokens: places in the cache, default max_batch * max_length; block_size: tokens of a block. chunk: tokens of prompts in
     one step, a power of two. speculative: draft with the model's MTP module. eos_token_ids: ids that end a text.
     A request is admitted, in order of arrival, once there are blocks for all it may become, so that no one who has begun is
-    ever put back. Raises ValueError for settings that do not fit together.
+    ever put back.
+
+    mesh: this process is one rank of it and params are its slices (``parallel.stages.own``); heads, ffn, vocabulary and experts are
+    cut as ``rules`` say, ``parallel.make_rules()`` by default. Every rank is asked the same in the same order and answers the
+    same; requests that are drawn need a seed. Raises ValueError for settings that do not fit together.
     """
 
     def __init__(self, params: Any, cfg: Config, *, max_batch: int = 8, max_length: int | None = None,
                  cache_tokens: int | None = None, block_size: int = 16, chunk: int = 256, speculative: bool = False,
-                 eos_token_ids: Sequence[int] = ()) -> None:
+                 eos_token_ids: Sequence[int] = (), mesh: Mesh | None = None, rules: Rules | None = None) -> None:
         max_length = min(cfg.max_position_embeddings, 4096) if max_length is None else max_length
         for name, value in (("max_batch", max_batch), ("max_length", max_length), ("block_size", block_size)):
             if value < 1:
@@ -103,6 +111,7 @@ class Engine:
             raise ValueError("speculative=True needs the params of an MTP module; this tree has none (num_nextn_predict_layers="
                              f"{cfg.num_nextn_predict_layers}; released weights: load them with mtp=True)")
         self.cfg, self.max_batch, self.max_length, self.speculative = cfg, max_batch, max_length, speculative
+        self._placement = None if mesh is None else _placement_on(mesh, rules or make_rules())
         self._chunk, self._eos = chunk, frozenset(eos_token_ids)
         self._width = -(-(max_length + speculative) // block_size)  # blocks of the longest sequence
         count = 1 + -(-(max_batch * max_length if cache_tokens is None else cache_tokens) // block_size)
@@ -110,7 +119,8 @@ class Engine:
         cache = decode.make_cache(cfg, blocks=count, block_size=block_size, rows=max_batch, max_length=max_length + 1,
                                   mtp=speculative, dtype=str(_ready(params["norm"]).dtype).lower())
         self._bound = bind(_ready(params), cache)
-        self._prefill, self._extend, self._speculate = _graphs(self._bound, cfg, block_size, speculative, _whole(params))
+        self._prefill, self._extend, self._speculate = _graphs(self._bound, cfg, block_size, speculative,
+                                                                         mesh is None and _is_plain(params))
         self._numbers = itertools.count()
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}  # by number, in order of arrival
@@ -133,6 +143,8 @@ class Engine:
         if len(tokens) >= self.max_length:
             raise ValueError(f"a prompt of {len(tokens)} tokens leaves no room for another; max_length is {self.max_length}")
         room = min(sampling.max_new_tokens, self.max_length - len(tokens))
+        if sampling.seed is None and sampling.temperature > 0 and self._placement:
+            raise ValueError("seed=None: the ranks of a mesh would draw differently; give one")
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         new = _Sequence(next(self._numbers), tokens, len(tokens), room, sampling, seed, seen=set(tokens))
         if self._needs(new) > self.blocks.count - 1:
@@ -171,9 +183,10 @@ class Engine:
     def step(self) -> list[Event]:
         """Admit, compute one chunk of prompts and one token (or draft and token) of every sequence that is past its prompt."""
         self._admit()
-        events = self._prompts()
-        ready = [s for s in self._running.values() if s.cached >= s.prompt]
-        return events + (self._decode(ready) if ready else [])
+        with placed(self._placement) if self._placement else contextlib.nullcontext():
+            events = self._prompts()
+            ready = [s for s in self._running.values() if s.cached >= s.prompt]
+            return events + (self._decode(ready) if ready else [])
 
     def _needs(self, s: _Sequence) -> int:
         return -(-(s.prompt + s.room + self.speculative) // self.blocks.size)
@@ -359,9 +372,19 @@ def _graphs(bound: Bound, cfg: Config, block_size: int, mtp: bool, fused: bool) 
     return jit(prefill, bound=bound), jit(extend, bound=bound), jit(speculate, bound=bound)
 
 
-def _whole(params: Any) -> bool:
-    """Whether this is one device with plain numbers, for whose few tokens ``kernels.step`` has operators."""
-    return here() is None and all(getattr(leaf, "dtype", None) == ms.float32 for leaf in flatten(_ready(params)))
+def _placement_on(mesh: Mesh, rules: Rules) -> Placement:
+    """This rank's place. Every rank has all tokens, so no expert's tokens travel. Raises ValueError for what is not cut here."""
+    placement = Placement(mesh, replace(rules, dispatch="replicated", node=None), own_rank())
+    cut = placement.axes("residual_seq") or ("pipe",) * (mesh.pipe > 1)
+    if cut or rules.zero == 3:
+        raise ValueError(f"mesh {mesh}: decoding cuts heads, ffn, vocabulary and experts, over model and expert, not "
+                         f"{'params as ZeRO level 3 does' if rules.zero == 3 else f'rows or layers over {cut}'}")
+    return placement
+
+
+def _is_plain(params: Any) -> bool:
+    """Whether all leaves are floats, which the CPU widens and ``kernels.step`` takes; quantised ones are not."""
+    return all(getattr(leaf, "dtype", None) in (ms.float32, ms.bfloat16, ms.float16) for leaf in flatten(params))
 
 
 def _ready(params: Any) -> Any:

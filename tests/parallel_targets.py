@@ -9,9 +9,16 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.communication import get_rank
 from mindspore.parallel import Layout
 
+from dsv3.config import TINY
+from dsv3.engine import Engine
+from dsv3.model import init
 from dsv3.parallel.groups import own_rank
-from dsv3.parallel.shard import group_of
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.rules import make_rules
+from dsv3.parallel.shard import Placement, group_of
 from dsv3.parallel.simulate import Step
+from dsv3.parallel.stages import own
+from dsv3.sampling import Sampling
 from dsv3.transform import jit, value_and_grad
 
 BATCH, WIDTH, HIDDEN, RATE = 16, 6, 20, 0.5
@@ -240,3 +247,14 @@ def driven_numpy(steps):
         losses.append(np.square(y).mean())
         w = w - RATE * 2 / y.size * (x.T @ y)
     return losses, w
+
+
+# -- decoding ----------------------------------------------------------------------------------------------------------
+def decode_graphs(changes, mesh):
+    """A prompt in two chunks and one drafted step of a rank's engine."""
+    cfg, mesh = TINY.replace(**changes), Mesh.parse(mesh)
+    params = own(init(cfg, 0), cfg, Placement(mesh, make_rules(), own_rank()))
+    engine = Engine(params, cfg, max_batch=2, max_length=64, block_size=4, chunk=32, speculative=True, mesh=mesh)
+    engine.submit(list(range(3, 50)), Sampling(max_new_tokens=2))
+    for _ in range(2):
+        engine.step()

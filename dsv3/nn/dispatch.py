@@ -11,6 +11,7 @@ alltoall: a token once to each rank that holds one of its K experts. That is at 
 two_level: a token once to each node with one of its experts, to the rank with its sender's place in the node, and from there
     inside the node to the experts' ranks: only min(V, nodes) (1 - 1 / nodes) T rows at most between nodes, for which the
     report limits a token to 4 nodes (section 3.2.2).
+replicated: where all ranks have the same tokens, as when they decode together, none travels: only the answers are summed.
 
 For the 671B in bfloat16, K = 8 in 4 of 8 groups, KiB a token and direction, averages of an even load: n = 8: gather 98,
 alltoall 44; n = 64 on nodes of 8: gather 882, alltoall 101, of which 90 between nodes, two_level 44 between and 90 inside.
@@ -25,7 +26,7 @@ from mindspore.ops.primitive import constexpr
 from ..kernels.experts import experts
 from ..kernels.grouped_matmul import grouped_matmul
 from ..kernels.native import iota
-from ..parallel.shard import all_gather, all_to_all_v, here, on_cpu, part, parts, reduce_scatter
+from ..parallel.shard import all_gather, all_to_all_v, here, on_cpu, part, parts, psum, reduce_scatter
 
 
 @constexpr
@@ -58,6 +59,8 @@ def exchanged_experts(w, x_TD, idx_TK, weights_TK, form):
     if parts("expert") == 1:
         return experts(x_TD, w["w_gate"], w["w_up"], w["w_down"], idx_TK, weights_TK)
     E = w["w_gate"].shape[0]
+    if form == "replicated":
+        return psum(_own_experts(w, x_TD, idx_TK - part("expert") * E, weights_TK, True), "expert")
     if form == "gather":
         x, idx, weights = all_gather(x_TD, "expert"), all_gather(idx_TK, "expert"), all_gather(weights_TK, "expert")
         return reduce_scatter(_own_experts(w, x, idx - part("expert") * E, weights, True), "expert")

@@ -19,7 +19,7 @@ from .mesh import AXES, Mesh, divisors, expand
 Layout = tuple[tuple[str, ...], ...]  # for each dim the mesh axes that cut it, the first the slowest; () for a whole dim
 
 EXPERTS = ("tensor", "extend", "whole")
-DISPATCH = ("gather", "alltoall", "two_level")
+DISPATCH = ("gather", "alltoall", "two_level", "replicated")
 ZERO_AXES = ("replica", "expert", "context")
 
 

@@ -1,0 +1,67 @@
+"""Decoding with the model cut over ranks: real processes on the CPU write what one device writes, and the same graphs compile
+for simulated Ascend ranks.
+
+Planted faults this file was seen to catch, one at a time:
+PLANTED
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from decode_worker import texts
+
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.simulate import simulate
+
+HERE = Path(__file__).parent
+CHANGES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+           "num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+           "v_head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2,
+           "initializer_range": 0.3}
+PROMPTS, NEW = [[5, 9, 2, 40], list(range(3, 50)), [7]], 6
+
+
+def test_processes_together_write_what_one_device_writes(tmp_path):
+    """data=2, model=2, expert=2: heads, ffn, vocabulary and experts cut; a prompt in two chunks, drafts, drawn and greedy."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    msrun = shutil.which("msrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+    command = [msrun, "--worker_num=4", "--local_worker_num=4", f"--master_port={port}", f"--log_dir={tmp_path / 'log'}", "--join=True",
+               str(HERE / "decode_worker.py"), "data=2,model=2,expert=2", json.dumps(CHANGES), json.dumps(PROMPTS), str(NEW), str(tmp_path)]
+    environment = os.environ | {  # msrun starts "python" and does not set the path
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+        "MS_NODE_TIMEOUT": "600", "MS_TOPO_TIMEOUT": "600",
+    }
+    wanted = texts(None, CHANGES, PROMPTS, NEW, speculative=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    log = tmp_path / "log" / "worker_0.log"
+    assert done.returncode == 0, (log.read_text() if log.exists() else done.stdout + done.stderr)[-3000:]
+    for rank in range(4):
+        assert json.loads((tmp_path / f"rank_{rank}.json").read_text()) == wanted
+
+
+def test_graphs_compile_for_ascend():
+    """Prefill, a chunk and a drafted step of a rank of data=2, model=2, expert=2, with what they send."""
+    report = simulate("parallel_targets:decode_graphs", {"changes": CHANGES, "mesh": "data=2,model=2,expert=2"}, 4, 1)
+    graphs = {graph.name: graph for graph in report.graphs}
+    assert set(graphs) == {"prefill", "extend", "speculate"}
+    for name, blocks in (("prefill", 3), ("extend", 3), ("speculate", 3)):
+        kinds = {(c.kind, c.group) for c in graphs[name].collectives}
+        assert ("AllReduce", (0, 1)) in kinds and ("AllReduce", (1, 3)) in kinds, (name, kinds)  # heads and ffn; experts
+        sums = sum(c.count for c in graphs[name].collectives if c.group == (1, 3) and c.kind == "AllReduce")
+        assert sums == blocks - 1, (name, sums)  # one a mixture: the first block is dense
+
+
+def test_refused_meshes():
+    with pytest.raises(ValueError, match="not rows or layers over \\('pipe',\\)"):
+        texts(Mesh(pipe=2), CHANGES, PROMPTS, NEW, rank=0, speculative=False)
+    with pytest.raises(ValueError, match="not rows or layers over \\('context',\\)"):
+        texts(Mesh(context=2), CHANGES, PROMPTS, NEW, rank=0, speculative=False)
