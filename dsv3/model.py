@@ -60,9 +60,9 @@ def init(cfg: Config, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
 
 # -- forward -----------------------------------------------------------------------------------------------------------
 def computable(params: Any) -> Any:
-    """The CPU has no bfloat16 kernels: there every leaf is widened once, at the graph's entry, and gradients narrow."""
+    """The CPU has no bfloat16 kernels: there every leaf is widened once, at the graph's entry, and gradients narrow. Not int8."""
     def widen(leaf):
-        if leaf.dtype == ms.float32:
+        if leaf.dtype == ms.float32 or leaf.dtype == ms.int8:
             return leaf
         return leaf.astype(ms.float32)
 

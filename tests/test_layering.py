@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "blocks": set(),
     "engine": FOUNDATION | {"blocks", "decode", "sampling"},
     "generate": FOUNDATION | {"data", "engine", "sampling"},
+    "quant": {"config", "model", "spec", "tree"},
     "lora": FOUNDATION,
     "checkpoint": FOUNDATION,
     "parallel": FOUNDATION,

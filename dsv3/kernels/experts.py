@@ -5,6 +5,8 @@ uses too: ``sort_by_expert``, ``permute``, the products, ``unpermute``.
 """
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 from mindspore import Tensor, ops
 from mindspore.ops.function.grad.grad_func import custom_vjp
@@ -12,22 +14,28 @@ from mindspore.ops.primitive import constexpr
 
 from . import native
 from .grouped_matmul import grouped_matmul
+from .int8 import int8_experts, integers
 from .native import iota
 from .topk import count_experts
 
 
-def experts(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
+def experts(x: Tensor, w_gate: Any, w_up: Any, w_down: Any, idx: Tensor, weights: Tensor) -> Tensor:
     """y[t] = sum_k weights[t, k] * (silu(x[t] w_gate[e]) * (x[t] w_up[e])) w_down[e], with e = idx[t, k].
 
     x [T, D] and w_gate, w_up [E, D, F], w_down [E, F, D] of one float dtype; idx [T, K] int32, distinct
     within a token; weights [T, K] float32 -> y [T, D] in x's dtype (DeepSeek-V3 report, eq. 12, without the
-    shared expert). Gradients flow to all but idx; an expert without tokens gets exactly zero. Raises
-    ValueError for shapes and dtypes that do not fit, and RuntimeError when idx holds a number that is no
-    expert and the native kernel runs.
+    shared expert). Gradients flow to all but idx; an expert without tokens gets exactly zero. The three w may be
+    quantised instead (see ``int8``), without gradients. Raises ValueError for shapes and dtypes that do not fit,
+    and RuntimeError when idx holds a number that is no expert and the native kernel runs.
     """
+    idx, weights = idx.astype(ms.int32), weights.astype(ms.float32)
+    if isinstance(w_gate, dict) or isinstance(w_up, dict) or isinstance(w_down, dict):  # quantised
+        _check(x.shape, integers(w_gate).shape, integers(w_up).shape, integers(w_down).shape, idx.shape, weights.shape)
+        if native.enabled() and x.dtype == ms.float32 and isinstance(w_gate, dict) == isinstance(w_up, dict):
+            return int8_experts(x, w_gate, w_up, w_down, idx, weights)
+        return experts_reference(x, w_gate, w_up, w_down, idx, weights)
     _check(x.shape, w_gate.shape, w_up.shape, w_down.shape, idx.shape, weights.shape)
     _check_dtypes(x.dtype, w_gate.dtype, w_up.dtype, w_down.dtype)
-    idx, weights = idx.astype(ms.int32), weights.astype(ms.float32)
     if native.enabled() and x.dtype == ms.float32:
         return _native(x, w_gate, w_up, w_down, idx, weights)[0]
     return experts_reference(x, w_gate, w_up, w_down, idx, weights)
@@ -44,7 +52,7 @@ def experts_reference(
     matmul=grouped_matmul,
 ) -> Tensor:
     """``experts`` as sort, permute, three grouped products (by ``matmul``), un-permute."""
-    order_P, group_end_E = sort_by_expert(idx, w_gate.shape[0])
+    order_P, group_end_E = sort_by_expert(idx, integers(w_gate).shape[0])
     rows_PD = permute(x, order_P, idx.shape[1])
     gate_PF = matmul(rows_PD, w_gate, group_end_E)
     up_PF = matmul(rows_PD, w_up, group_end_E)

@@ -11,10 +11,11 @@ from mindspore.ops.function.grad.grad_func import custom_vjp
 from mindspore.ops.primitive import constexpr
 
 from . import native
+from .int8 import activations, grouped_on_ascend, widened
 from .native import iota
 
 
-def grouped_matmul(x: Tensor, w: Tensor, group_end: Tensor, tail: bool = False) -> Tensor:
+def grouped_matmul(x: Tensor, w: Tensor | dict, group_end: Tensor, tail: bool = False) -> Tensor:
     """x [M, K] times w [E, K, N] by groups of rows -> [M, N]; the rows from group_end[-1] on are zero.
 
     group_end [E] int32 never decreases and does not exceed M; gradients flow to x and w, and a group without
@@ -22,6 +23,10 @@ def grouped_matmul(x: Tensor, w: Tensor, group_end: Tensor, tail: bool = False) 
     them undefined, and there M must be static for them to be zeroed. Raises ValueError for shapes and dtypes that
     do not fit, and RuntimeError when the native kernel meets ends that do not.
     """
+    if isinstance(w, dict):  # quantised
+        if native.on_ascend():
+            return _ascend(x, w, group_end, tail)
+        return grouped_matmul(activations(x, w), widened(w).astype(x.dtype), group_end, tail)
     _check(x.shape, w.shape, group_end.shape, x.dtype, w.dtype)
     group_end = group_end.astype(ms.int32)
     if native.enabled() and x.dtype == ms.float32:
@@ -36,7 +41,11 @@ def _ascend(x, w, group_end, tail):
     real = (iota(x.shape[0]) < group_end[-1]).reshape(-1, 1) if tail else None
     if tail:  # whose gradient is as undefined as its product
         x = ops.where(real, x, ops.zeros_like(x))
-    out = ops.auto_generate.grouped_matmul_v4([x], [w], group_list=group_end.astype(ms.int64), split_item=3, group_type=0)[0]
+    group_end = group_end.astype(ms.int64)
+    if isinstance(w, dict):
+        out = grouped_on_ascend(x, w, group_end)
+    else:
+        out = ops.auto_generate.grouped_matmul_v4([x], [w], group_list=group_end, split_item=3, group_type=0)[0]
     if tail:
         return ops.where(real, out, ops.zeros_like(out))
     return out

@@ -14,20 +14,25 @@ from mindspore.ops.function.grad.grad_func import custom_vjp
 from mindspore.ops.primitive import constexpr
 
 from . import native
+from .int8 import int8_linear
 
 FEW_ROWS = 32  # kFewRows of rows.h
 
 _matmul, _matmul_tb, _matmul_ta = ops.MatMul(), ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x w. x: [..., D], w: [D, F] -> [..., F], in their common dtype. Raises ValueError when the two D differ."""
+def linear(x: Tensor, w: Tensor | dict) -> Tensor:
+    """x w. x: [..., D], w: [D, F], quantised (see ``int8``) or in x's dtype -> [..., F] in x's dtype. Raises ValueError when
+    the two D differ."""
     if len(x.shape) == 2:
         return _product(x, w)
-    return _product(x.reshape(-1, x.shape[-1]), w).reshape(x.shape[:-1] + (w.shape[1],))
+    out = _product(x.reshape(-1, x.shape[-1]), w)
+    return out.reshape(x.shape[:-1] + (out.shape[1],))
 
 
 def _product(x, w):
+    if isinstance(w, dict):
+        return int8_linear(x, w)
     if native.enabled() and _few(x.shape, w.shape) and x.dtype == ms.float32 and w.dtype == ms.float32:
         return _native(x, w)
     return _matmul(x, w)

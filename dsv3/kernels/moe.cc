@@ -15,7 +15,7 @@
 #include <memory>
 #include <vector>
 
-#include "rows.h"
+#include "int8.h"
 
 namespace {
 
@@ -289,6 +289,43 @@ void score(const float* logits, int64_t E, bool sigmoid, float* scores) {
 float* floats(void* pointer) { return static_cast<float*>(pointer); }
 int32_t* ints(void* pointer) { return static_cast<int32_t*>(pointer); }
 
+// ---- experts ----------------------------------------------------------------------------------------------
+
+// Rounds rows, if wanted, and returns their scales or null.
+const float* rounded(bool wanted, float* rows, int64_t m, int64_t n, float* token) {
+  for (int64_t r = 0; wanted && r < m; ++r) token[r] = dsv3::round_token(rows + r * n, n);
+  return wanted ? token : nullptr;
+}
+
+// What ``experts`` and ``experts_int8`` below share; out: their results. multiply(i, e, a, m, depth, width, token, product) is
+// product [m, width] = a [m, depth] times matrix i of expert e: gate, up, down. Where ``rounds`` says so the rows that enter
+// gate and up, or those that enter down, are rounded before, by the scales that token then holds; else it is null.
+template <class Multiply>
+int run_experts(const float* x, const int32_t* idx, const float* weights, const int64_t* w_gate, const int64_t* pairs,
+                void** out, const int32_t* rounds, Multiply multiply) {
+  const int64_t E = w_gate[0], D = w_gate[1], F = w_gate[2], T = pairs[0], K = pairs[1];
+  float *y = floats(out[0]), *gate = floats(out[1]), *up = floats(out[2]), *rows = floats(out[5]);
+  int32_t *order = ints(out[3]), *ends = ints(out[4]);
+  if (!sort_pairs(idx, T * K, E, order, ends)) return 1;
+  const auto pieces = row_pieces(ends, E);
+  parallel_for(pieces.size(), [&](int64_t i) {
+    const auto [e, begin, end] = pieces[i];
+    const int64_t m = end - begin;
+    float *inputs = dsv3::scratch(m * (D + F + 1)), *hidden = inputs + m * D, *token = hidden + m * F;
+    float *g = gate + begin * F, *u = up + begin * F;
+    gather(x, order, begin, end, K, D, inputs);
+    const float* scales = rounded(rounds[0], inputs, m, D, token);
+    multiply(0, e, inputs, m, D, F, scales, g);
+    multiply(1, e, inputs, m, D, F, scales, u);
+    // The weight scales the hidden row, which is shorter than the output's and gives the same product.
+    for (int64_t r = 0; r < m; ++r)
+      swiglu(g + r * F, u + r * F, weights[order[begin + r]], hidden + r * F, F);
+    multiply(2, e, hidden, m, F, D, rounded(rounds[1], hidden, m, F, token), rows + begin * D);
+  });
+  combine(rows, order, T, K, D, y);
+  return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -312,38 +349,37 @@ int grouped_matmul_grad(int, void** data, int*, int64_t** shapes, const char**, 
 // x [T, D], w_gate [E, D, F], w_up [E, D, F], w_down [E, F, D], idx [T, K], weights [T, K]
 // -> y [T, D], gate [P, F], up [P, F], order [P], ends [E], and P * D floats of scratch
 int experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
-  const int64_t T = shapes[0][0], D = shapes[0][1], E = shapes[1][0], F = shapes[1][2];
-  const int64_t K = shapes[4][1], P = T * K;
-  const float *x = floats(data[0]), *w_gate = floats(data[1]), *w_up = floats(data[2]);
-  const float* w_down = floats(data[3]);
-  const float* weights = floats(data[5]);
-  float *y = floats(data[6]), *gate = floats(data[7]), *up = floats(data[8]), *rows = floats(data[11]);
-  int32_t *order = ints(data[9]), *ends = ints(data[10]);
-  if (!sort_pairs(ints(data[4]), P, E, order, ends)) return 1;
   // No expert has more rows than there are tokens: with few, a token's result owes nothing to the others.
-  const bool few = T <= dsv3::kFewRows;
-  auto multiply = [few](const float* a, int64_t m, int64_t depth, const float* w, int64_t width, float* product) {
+  const bool few = shapes[0][0] <= dsv3::kFewRows;
+  auto multiply = [&](int i, int64_t e, const float* a, int64_t m, int64_t depth, int64_t width, const float*, float* product) {
+    const float* w = floats(data[1 + i]) + e * depth * width;
     if (few)
-      dsv3::multiply_rows(a, m, depth, w, width, product);
+      dsv3::multiply_rows<float>(a, m, depth, w, width, product);
     else
       sgemm('N', 'N', m, width, depth, 1, a, depth, w, width, 0, product, width);
   };
-  const auto pieces = row_pieces(ends, E);
-  parallel_for(pieces.size(), [&](int64_t i) {
-    const auto [e, begin, end] = pieces[i];
-    const int64_t m = end - begin;
-    float *inputs = dsv3::scratch(m * (D + F)), *hidden = inputs + m * D;
-    float *g = gate + begin * F, *u = up + begin * F;
-    gather(x, order, begin, end, K, D, inputs);
-    multiply(inputs, m, D, w_gate + e * D * F, F, g);
-    multiply(inputs, m, D, w_up + e * D * F, F, u);
-    // The weight scales the hidden row, which is shorter than the output's and gives the same product.
-    for (int64_t r = 0; r < m; ++r)
-      swiglu(g + r * F, u + r * F, weights[order[begin + r]], hidden + r * F, F);
-    multiply(hidden, m, F, w_down + e * F * D, D, rows + begin * D);
-  });
-  combine(rows, order, T, K, D, y);
-  return 0;
+  const int32_t rounds[] = {0, 0};
+  return run_experts(floats(data[0]), ints(data[4]), floats(data[5]), shapes[1], shapes[4], data + 6, rounds, multiply);
+}
+
+// x, matrix and scale of gate ([E, D, F], [E, F]), of up (the same) and of down ([E, F, D], [E, D]), idx, weights, rounds [2]
+// int32 -> as experts. A matrix of int8 has a scale; in the place of that of one of float32 anything may stand.
+int experts_int8(int, void** data, int*, int64_t** shapes, const char** dtypes, void*, void*) {
+  auto multiply = [&](int i, int64_t e, const float* a, int64_t m, int64_t depth, int64_t width, const float* token,
+                      float* product) {
+    const int64_t at = e * depth * width;
+    if (std::strcmp(dtypes[1 + 2 * i], "int8")) {
+      dsv3::multiply_rows<float>(a, m, depth, floats(data[1 + 2 * i]) + at, width, product);
+      return;
+    }
+    const int8_t* q = static_cast<const int8_t*>(data[1 + 2 * i]) + at;
+    if (token)
+      dsv3::multiply_rows<int32_t>(a, m, depth, q, width, product);
+    else
+      dsv3::multiply_rows<float>(a, m, depth, q, width, product);
+    dsv3::apply_scales(product, m, width, floats(data[2 + 2 * i]) + e * width, token);
+  };
+  return run_experts(floats(data[0]), ints(data[7]), floats(data[8]), shapes[1], shapes[7], data + 10, ints(data[9]), multiply);
 }
 
 // the inputs of experts, then gate [P, F], up [P, F], order [P], ends [E], dy [T, D]
