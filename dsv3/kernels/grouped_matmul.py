@@ -26,7 +26,11 @@ def grouped_matmul(x: Tensor, w: Tensor | dict, group_end: Tensor, tail: bool = 
     if isinstance(w, dict):  # quantised
         if native.on_ascend():
             return _ascend(x, w, group_end, tail)
-        return grouped_matmul(activations(x, w), widened(w).astype(x.dtype), group_end, tail)
+        return _of_floats(activations(x, w), widened(w).astype(x.dtype), group_end, tail)
+    return _of_floats(x, w, group_end, tail)
+
+
+def _of_floats(x, w, group_end, tail):
     _check(x.shape, w.shape, group_end.shape, x.dtype, w.dtype)
     group_end = group_end.astype(ms.int32)
     if native.enabled() and x.dtype == ms.float32:

@@ -136,35 +136,4 @@ inline void multiply_rows_together(const float* x, int64_t rows, int64_t D, cons
   });
 }
 
-// y = x w, as one of several products that the threads share.
-struct Product {
-  const float* x;
-  int64_t rows, D;
-  const float* w;
-  int64_t F;
-  float* y;
-};
-
-// All of them, cut into tiles of columns; rows <= kFewRows.
-template <size_t N>
-inline void multiply_all(const Product (&products)[N]) {
-  int64_t work = 0, tiles = 0, ends[N], steps[N];
-  for (const Product& p : products) work += p.rows * p.D * p.F;
-  for (size_t i = 0; i < N; ++i) {
-    const Product& p = products[i];
-    const int64_t share = work <= kAlone ? p.F : (p.F / kWide + num_threads()) / num_threads() * kWide;
-    steps[i] = std::min(tile_columns(p.rows), std::max<int64_t>(share, kWide));
-    ends[i] = tiles += (p.F + steps[i] - 1) / steps[i];
-  }
-  auto tile = [&](int64_t task) {
-    size_t i = 0;
-    while (task >= ends[i]) ++i;
-    const Product& p = products[i];
-    const int64_t j = (task - (i ? ends[i - 1] : 0)) * steps[i];
-    multiply_tile(p.x, p.rows, p.D, p.w + j, p.F, p.y + j, std::min(steps[i], p.F - j));
-  };
-  if (work > kAlone) return parallel_for(tiles, tile);
-  for (int64_t task = 0; task < tiles; ++task) tile(task);
-}
-
 }  // namespace dsv3
