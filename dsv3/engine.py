@@ -27,7 +27,7 @@ from .parallel.rules import Rules, make_rules
 from .parallel.shard import Placement, placed
 from .sampling import Sampling, choose, log_probabilities
 from .transform import Bound, bind, jit, rebind
-from .tree import flatten, tree_map
+from .tree import tree_map
 
 LEAST_PREFILL, LEAST_CHUNK = 32, 16  # tokens of the smallest graphs
 
@@ -119,8 +119,7 @@ class Engine:
         cache = decode.make_cache(cfg, blocks=count, block_size=block_size, rows=max_batch, max_length=max_length + 1,
                                   mtp=speculative, dtype=str(_ready(params["norm"]).dtype).lower())
         self._bound = bind(_ready(params), cache)
-        self._prefill, self._extend, self._speculate = _graphs(self._bound, cfg, block_size, speculative,
-                                                                         mesh is None and _is_plain(params))
+        self._prefill, self._extend, self._speculate = _graphs(self._bound, cfg, block_size, speculative, mesh is None)
         self._numbers = itertools.count()
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}  # by number, in order of arrival
@@ -380,11 +379,6 @@ def _placement_on(mesh: Mesh, rules: Rules) -> Placement:
         raise ValueError(f"mesh {mesh}: decoding cuts heads, ffn, vocabulary and experts, over model and expert, not "
                          f"{'params as ZeRO level 3 does' if rules.zero == 3 else f'rows or layers over {cut}'}")
     return placement
-
-
-def _is_plain(params: Any) -> bool:
-    """Whether all leaves are floats, which the CPU widens and ``kernels.step`` takes; quantised ones are not."""
-    return all(getattr(leaf, "dtype", None) in (ms.float32, ms.bfloat16, ms.float16) for leaf in flatten(params))
 
 
 def _ready(params: Any) -> Any:

@@ -286,6 +286,20 @@ def test_a_trained_model(tmp_path):
     assert 0 < abs(both - before) < 0.03 and np.abs(z8 - z).max() > 1e-4
 
 
+@pytest.mark.parametrize("mode, exclude", [("w8a16", ()), ("w8a8", ("*.wq_b", "*.w_down"))])
+def test_generation(mode, exclude):
+    """The engine's prefill and decoding, whole operators and parts, continue as the forward pass of all tokens does."""
+    cfg = dsv3.TINY.replace(vocab_size=61, hidden_size=32, intermediate_size=80, moe_intermediate_size=72, num_hidden_layers=2,
+                            num_attention_heads=2, q_lora_rank=20, n_routed_experts=8, num_experts_per_tok=3, initializer_range=0.2)
+    params = dsv3.quantize(dsv3.init(cfg), cfg, mode, exclude)
+    prompts, new = [[5, 3, 9], [7, 1, 4, 4, 2, 60, 11]], 9
+    texts = dsv3.generate(params, prompts, cfg=cfg, max_new_tokens=new)
+    tokens = np.array([(p + t + [0] * 9)[:16] for p, t in zip(prompts, texts)])
+    likeliest = dsv3.forward(params, tokens, cfg=cfg).asnumpy().argmax(-1)
+    for row, prompt, text in zip(likeliest, prompts, texts):
+        assert text == row[len(prompt) - 1 : len(prompt) - 1 + new].tolist() and len(set(text)) > 2
+
+
 # -- the measurement ---------------------------------------------------------------------------------------------------
 def test_bench(tmp_path, capsys):
     cfg = dsv3.TINY.replace(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, vocab_size=300)

@@ -6,8 +6,8 @@ A quantised weight stands in the params as {mode: q, "scale": scale}: q int8 [D,
 w8a16: activations stay as they are; weights take a quarter of float32's memory, and of its traffic.
 w8a8: each token is rounded to int8 too, x ~ t round(x / t) with t = max |x| / 127 over D, and the products are of integers.
 
-On the CPU C++ computes them (``int8.h``): a row's result is the same, bit for bit, in any batch, and w8a8's sums are exact. On
-Ascend the device's own operators do, in bfloat16 or float16. Elsewhere, and in the references, what the integers stand for is
+On the CPU C++ computes them (``products.h``): a row's result is the same, bit for bit, in any batch, and w8a8's sums are exact.
+On Ascend the device's own operators do, in bfloat16 or float16. Elsewhere, and in the references, what the integers stand for is
 multiplied. There is no gradient.
 """
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops.function.grad.grad_func import custom_vjp
 from mindspore.ops.primitive import constexpr
@@ -67,16 +68,15 @@ def _check(x: tuple, q: tuple) -> None:
 @custom_vjp
 def _linear(x, q, scale, tokens):
     if native.enabled() and x.dtype == ms.float32:
-        return _rows_op(tokens)(x, q, scale)
+        return _rows_op()(x, q, scale, _flags(tokens))
     if native.on_ascend():
         return _linear_on_ascend(x, q, scale, tokens)
     return int8_linear_reference(x, {"w8a8": q, "scale": scale} if tokens else {"w8a16": q, "scale": scale})
 
 
 @constexpr
-def _rows_op(tokens: bool):
-    name = "w8a8" if tokens else "w8a16"
-    return native.native_op("rows", name, lambda x, q, scale: (x[0], q[1]), lambda x, q, scale: x)
+def _rows_op():
+    return native.native_op("rows", "rows_int8", lambda x, q, scale, rounds: (x[0], q[1]), lambda x, q, scale, rounds: x)
 
 
 @constexpr
@@ -93,42 +93,51 @@ _linear.defbwd(_linear_bwd)
 
 
 def int8_experts(x: Tensor, w_gate: Any, w_up: Any, w_down: Any, idx: Tensor, weights: Tensor) -> Tensor:
-    """``experts`` by the native kernel, with quantised weights; gate and up, or down, may be float32. x float32, idx int32,
-    weights float32."""
-    down = w_down if isinstance(w_down, dict) else {"w8a16": w_down, "scale": weights}  # a scale that is not read
-    gate, up = w_gate, w_up
-    if not isinstance(w_gate, dict):
-        gate, up = {"w8a16": w_gate, "scale": weights}, {"w8a16": w_up, "scale": weights}
-    return _experts(x, integers(gate), gate["scale"], integers(up), up["scale"], integers(down), down["scale"], idx, weights,
-                    "w8a8" in gate, "w8a8" in down)
+    """``experts`` by the native kernel, with quantised weights; some may be float32. x float32, idx int32, weights float32."""
+    q, scales, rounds = operands(w_gate, w_up, w_down)
+    return _experts(x, q[0], q[1], q[2], idx, weights, scales[0], scales[1], scales[2], rounds)
 
 
-@custom_vjp
-def _experts(x, gate, gate_scale, up, up_scale, down, down_scale, idx, weights, round_in, round_hidden):
-    rounds = _rounds(round_in, round_hidden)
-    return _experts_op()(x, gate, gate_scale, up, up_scale, down, down_scale, idx, weights, rounds)[0]
+def operands(*weights: Any) -> tuple:
+    """What native operators take of weights that may be quantised: (tensors, scales, rounds [len] int32: which are w8a8)."""
+    tensors, scales, flags = (), (), ()
+    for w in weights:
+        tensors = tensors + (integers(w),)
+        scales = scales + (w["scale"] if isinstance(w, dict) else _none(),)
+        flags = flags + ("w8a8" in w if isinstance(w, dict) else False,)
+    return tensors, scales, _flags(*flags)
 
 
 @constexpr
-def _rounds(*rounds: bool) -> Tensor:
-    return Tensor(rounds, ms.int32)
+def _flags(*flags: bool) -> Tensor:
+    return Tensor(flags, ms.int32)
+
+
+@constexpr
+def _none() -> Tensor:
+    return Tensor(np.zeros(1, np.float32))  # stands where a float32 weight has no scale
+
+
+@custom_vjp
+def _experts(x, gate, up, down, idx, weights, gate_scale, up_scale, down_scale, rounds):
+    return _experts_op()(x, gate, up, down, idx, weights, gate_scale, up_scale, down_scale, rounds)[0]
 
 
 @constexpr
 def _experts_op():
-    def shapes(x, gate, gate_scale, up, up_scale, down, down_scale, idx, weights, rounds):
+    def shapes(x, gate, up, down, idx, weights, gate_scale, up_scale, down_scale, rounds):
         pairs, F = idx[0] * idx[1], gate[2]
         return x, (pairs, F), (pairs, F), (pairs,), (gate[0],), (pairs, x[1])
 
-    def dtypes(x, gate, gate_scale, up, up_scale, down, down_scale, idx, weights, rounds):
+    def dtypes(x, gate, up, down, idx, weights, gate_scale, up_scale, down_scale, rounds):
         return x, x, x, idx, idx, x
 
     return native.native_op("moe", "experts_int8", shapes, dtypes)
 
 
-def _experts_bwd(x, gate, gate_scale, up, up_scale, down, down_scale, idx, weights, round_in, round_hidden, out, dout):
+def _experts_bwd(x, gate, up, down, idx, weights, gate_scale, up_scale, down_scale, rounds, out, dout):
     _refuse()
-    return dout, gate, gate_scale, up, up_scale, down, down_scale, idx, weights, round_in, round_hidden
+    return dout, gate, up, down, idx, weights, gate_scale, up_scale, down_scale, rounds
 
 
 _experts.defbwd(_experts_bwd)

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <memory>
 
-#include "rows.h"
+#include "products.h"
 
 namespace {
 
@@ -175,8 +175,9 @@ int latent_attention(int, void** data, int*, int64_t** shapes, const char**, voi
 
 // A whole attention block of few tokens. x [n, D], its norm [D], wq_a [D, Q] and q_norm [Q] (or [D] both, where there is one
 // wq in the place of wq_b), wq_b [Q, H*(N+R)], wkv_a [D, C+R], kv_norm [C], wkv_b [C, H*(N+V)], wo [H*V, D], cos, sin,
-// positions, slots, tables, pool, head_scale [H], block [block_size], eps [1] -> x + attention [n, D]
-int attention_step(int, void** data, int* ndims, int64_t** shapes, const char**, void*, void*) {
+// positions, slots, tables, pool, head_scale [H], block [block_size], eps [1], scales of wq_a, wq_b, wkv_a and wo and rounds [4]
+// int32 (as for experts_int8 in moe.cc) -> x + attention [n, D]
+int attention_step(int, void** data, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   const float *x = floats(data[0]), eps = *floats(data[17]);
   const bool low_rank = ndims[2] == 2;
   const int64_t n = shapes[0][0], D = shapes[0][1], Q = low_rank ? shapes[2][1] : 0, A = shapes[4][1], W = shapes[5][1];
@@ -186,18 +187,20 @@ int attention_step(int, void** data, int* ndims, int64_t** shapes, const char**,
   if (!cache.writable() || !cache.readable()) return 1;
   const std::unique_ptr<float[]> memory(new float[n * (D + 2 * Q + 2 * W + A + H * V)]);
   float *h = memory.get(), *qa = h + n * D, *qn = qa + n * Q, *latent = qn + n * Q, *rows = latent + n * W, *q = rows + n * W;
-  float *out = q + n * A, *y = floats(data[18]);
+  float *out = q + n * A, *y = floats(data[23]);
+  auto matrix = [&](int at, int i) { return dsv3::matrix(data[at], dtypes[at], data[18 + i], ints(data[22])[i]); };
+  const dsv3::Matrix wq_a = matrix(2, 0), wq_b = matrix(4, 1), wkv_a = matrix(5, 2), wo = matrix(8, 3);
   normalise(x, n, D, floats(data[1]), eps, h);
   if (low_rank) {
-    dsv3::multiply_all({{h, n, D, floats(data[2]), Q, qa}, {h, n, D, floats(data[5]), W, latent}});
+    dsv3::multiply_all({{h, n, D, wq_a, Q, qa}, {h, n, D, wkv_a, W, latent}});
     normalise(qa, n, Q, floats(data[3]), eps, qn);
-    dsv3::multiply_all({{qn, n, Q, floats(data[4]), A, q}});
+    dsv3::multiply_all({{qn, n, Q, wq_b, A, q}});
   } else {
-    dsv3::multiply_all({{h, n, D, floats(data[4]), A, q}, {h, n, D, floats(data[5]), W, latent}});
+    dsv3::multiply_all({{h, n, D, wq_b, A, q}, {h, n, D, wkv_a, W, latent}});
   }
   cache.write(latent, floats(data[6]), eps, rows);
   cache.attend(q, floats(data[7]), floats(data[15]), H, N, V, out);
-  dsv3::multiply_all({{out, n, H * V, floats(data[8]), D, y}});
+  dsv3::multiply_all({{out, n, H * V, wo, D, y}});
   for (int64_t i = 0; i < n * D; ++i) y[i] += x[i];
   return 0;
 }

@@ -15,7 +15,7 @@
 #include <memory>
 #include <vector>
 
-#include "int8.h"
+#include "products.h"
 
 namespace {
 
@@ -291,18 +291,11 @@ int32_t* ints(void* pointer) { return static_cast<int32_t*>(pointer); }
 
 // ---- experts ----------------------------------------------------------------------------------------------
 
-// Rounds rows, if wanted, and returns their scales or null.
-const float* rounded(bool wanted, float* rows, int64_t m, int64_t n, float* token) {
-  for (int64_t r = 0; wanted && r < m; ++r) token[r] = dsv3::round_token(rows + r * n, n);
-  return wanted ? token : nullptr;
-}
-
-// What ``experts`` and ``experts_int8`` below share; out: their results. multiply(i, e, a, m, depth, width, token, product) is
-// product [m, width] = a [m, depth] times matrix i of expert e: gate, up, down. Where ``rounds`` says so the rows that enter
-// gate and up, or those that enter down, are rounded before, by the scales that token then holds; else it is null.
+// What ``experts`` and ``experts_int8`` below share; out: their results. multiply(i, e, a, m, depth, width, product) is product
+// [m, width] = a [m, depth] times matrix i of expert e: gate, up, down.
 template <class Multiply>
 int run_experts(const float* x, const int32_t* idx, const float* weights, const int64_t* w_gate, const int64_t* pairs,
-                void** out, const int32_t* rounds, Multiply multiply) {
+                void** out, Multiply multiply) {
   const int64_t E = w_gate[0], D = w_gate[1], F = w_gate[2], T = pairs[0], K = pairs[1];
   float *y = floats(out[0]), *gate = floats(out[1]), *up = floats(out[2]), *rows = floats(out[5]);
   int32_t *order = ints(out[3]), *ends = ints(out[4]);
@@ -311,16 +304,15 @@ int run_experts(const float* x, const int32_t* idx, const float* weights, const 
   parallel_for(pieces.size(), [&](int64_t i) {
     const auto [e, begin, end] = pieces[i];
     const int64_t m = end - begin;
-    float *inputs = dsv3::scratch(m * (D + F + 1)), *hidden = inputs + m * D, *token = hidden + m * F;
+    float *inputs = dsv3::scratch(m * (D + F)), *hidden = inputs + m * D;
     float *g = gate + begin * F, *u = up + begin * F;
     gather(x, order, begin, end, K, D, inputs);
-    const float* scales = rounded(rounds[0], inputs, m, D, token);
-    multiply(0, e, inputs, m, D, F, scales, g);
-    multiply(1, e, inputs, m, D, F, scales, u);
+    multiply(0, e, inputs, m, D, F, g);
+    multiply(1, e, inputs, m, D, F, u);
     // The weight scales the hidden row, which is shorter than the output's and gives the same product.
     for (int64_t r = 0; r < m; ++r)
       swiglu(g + r * F, u + r * F, weights[order[begin + r]], hidden + r * F, F);
-    multiply(2, e, hidden, m, F, D, rounded(rounds[1], hidden, m, F, token), rows + begin * D);
+    multiply(2, e, hidden, m, F, D, rows + begin * D);
   });
   combine(rows, order, T, K, D, y);
   return 0;
@@ -351,35 +343,24 @@ int grouped_matmul_grad(int, void** data, int*, int64_t** shapes, const char**, 
 int experts(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   // No expert has more rows than there are tokens: with few, a token's result owes nothing to the others.
   const bool few = shapes[0][0] <= dsv3::kFewRows;
-  auto multiply = [&](int i, int64_t e, const float* a, int64_t m, int64_t depth, int64_t width, const float*, float* product) {
+  auto multiply = [&](int i, int64_t e, const float* a, int64_t m, int64_t depth, int64_t width, float* product) {
     const float* w = floats(data[1 + i]) + e * depth * width;
     if (few)
-      dsv3::multiply_rows<float>(a, m, depth, w, width, product);
+      dsv3::multiply({a, m, depth, {w}, width, product});
     else
       sgemm('N', 'N', m, width, depth, 1, a, depth, w, width, 0, product, width);
   };
-  const int32_t rounds[] = {0, 0};
-  return run_experts(floats(data[0]), ints(data[4]), floats(data[5]), shapes[1], shapes[4], data + 6, rounds, multiply);
+  return run_experts(floats(data[0]), ints(data[4]), floats(data[5]), shapes[1], shapes[4], data + 6, multiply);
 }
 
-// x, matrix and scale of gate ([E, D, F], [E, F]), of up (the same) and of down ([E, F, D], [E, D]), idx, weights, rounds [2]
-// int32 -> as experts. A matrix of int8 has a scale; in the place of that of one of float32 anything may stand.
+// x, gate [E, D, F], up (the same), down [E, F, D], idx, weights, scales of gate and up [E, F] and down [E, D], rounds [3] int32
+// -> as experts. A matrix is int8, or float32, and then anything may stand in the place of its scale.
 int experts_int8(int, void** data, int*, int64_t** shapes, const char** dtypes, void*, void*) {
-  auto multiply = [&](int i, int64_t e, const float* a, int64_t m, int64_t depth, int64_t width, const float* token,
-                      float* product) {
-    const int64_t at = e * depth * width;
-    if (std::strcmp(dtypes[1 + 2 * i], "int8")) {
-      dsv3::multiply_rows<float>(a, m, depth, floats(data[1 + 2 * i]) + at, width, product);
-      return;
-    }
-    const int8_t* q = static_cast<const int8_t*>(data[1 + 2 * i]) + at;
-    if (token)
-      dsv3::multiply_rows<int32_t>(a, m, depth, q, width, product);
-    else
-      dsv3::multiply_rows<float>(a, m, depth, q, width, product);
-    dsv3::apply_scales(product, m, width, floats(data[2 + 2 * i]) + e * width, token);
+  auto multiply = [&](int i, int64_t e, const float* a, int64_t m, int64_t depth, int64_t width, float* product) {
+    const dsv3::Matrix w = dsv3::matrix(data[1 + i], dtypes[1 + i], data[6 + i], ints(data[9])[i]);
+    dsv3::multiply({a, m, depth, w.at(e, depth, width), width, product});
   };
-  return run_experts(floats(data[0]), ints(data[7]), floats(data[8]), shapes[1], shapes[7], data + 10, ints(data[9]), multiply);
+  return run_experts(floats(data[0]), ints(data[4]), floats(data[5]), shapes[1], shapes[4], data + 10, multiply);
 }
 
 // the inputs of experts, then gate [P, F], up [P, F], order [P], ends [E], dy [T, D]
@@ -447,32 +428,34 @@ int count_experts(int, void** data, int*, int64_t** shapes, const char**, void*,
   return 0;
 }
 
-// A dense feed-forward block of few tokens. x [n, D], its norm [D], w_gate and w_up [D, F], w_down [F, D], eps [1]
-// -> x + mlp [n, D]
-int mlp_step(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
+// A dense feed-forward block of few tokens. x [n, D], its norm [D], w_gate and w_up [D, F], w_down [F, D], eps [1], scales of
+// the three matrices and rounds [3] int32 (as in experts_int8) -> x + mlp [n, D]
+int mlp_step(int, void** data, int*, int64_t** shapes, const char** dtypes, void*, void*) {
   const int64_t n = shapes[0][0], D = shapes[0][1], F = shapes[2][1];
   const float *x = floats(data[0]), *norm = floats(data[1]), eps = *floats(data[5]);
-  float* y = floats(data[6]);
+  auto w = [&](int i) { return dsv3::matrix(data[2 + i], dtypes[2 + i], data[6 + i], ints(data[9])[i]); };
+  float* y = floats(data[10]);
   const std::unique_ptr<float[]> memory(new float[n * (D + 2 * F)]);
   float *h = memory.get(), *gate = h + n * D, *up = gate + n * F;
   normalise(x, n, D, norm, eps, h);
-  dsv3::multiply_all({{h, n, D, floats(data[2]), F, gate}, {h, n, D, floats(data[3]), F, up}});
+  dsv3::multiply_all({{h, n, D, w(0), F, gate}, {h, n, D, w(1), F, up}});
   swiglu(gate, up, 1.0f, gate, n * F);
-  dsv3::multiply_all({{gate, n, F, floats(data[4]), D, y}});
+  dsv3::multiply_all({{gate, n, F, w(2), D, y}});
   for (int64_t i = 0; i < n * D; ++i) y[i] += x[i];
   return 0;
 }
 
 // A mixture-of-experts block of few tokens. x [n, D], its norm [D], router [D, E], bias [E], w_gate and w_up [E, D, F], w_down
 // [E, F, D], shared w_gate and w_up [D, G], w_down [G, D] ([1] each where there are none), options int32 (those of
-// choose_experts, 1 for sigmoid scores, 1 for weights that sum to one, K), numbers (eps, factor of the weights)
-// -> x + moe [n, D]
-int moe_step(int, void** data, int* ndims, int64_t** shapes, const char**, void*, void*) {
+// choose_experts, 1 for sigmoid scores, 1 for weights that sum to one, K), numbers (eps, factor of the weights), scales of the
+// experts' three matrices and of the shared ones, rounds [6] int32 (as in experts_int8) -> x + moe [n, D]
+int moe_step(int, void** data, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   const int64_t n = shapes[0][0], D = shapes[0][1], E = shapes[2][1], F = shapes[4][2], G = ndims[7] == 2 ? shapes[7][1] : 0;
   const float *x = floats(data[0]), *bias = floats(data[3]), *numbers = floats(data[11]);
   const int32_t* options = ints(data[10]);
   const int64_t K = options[5], P = n * K;
-  float* y = floats(data[12]);
+  auto w = [&](int i) { return dsv3::matrix(data[4 + i], dtypes[4 + i], data[12 + i], ints(data[18])[i]); };
+  float* y = floats(data[19]);
   const std::unique_ptr<float[]> memory(new float[n * (2 * D + 2 * E + 2 * G + K) + P * (2 * D + 2 * F)]);
   float *h = memory.get(), *common = h + n * D, *logits = common + n * D, *scores = logits + n * E, *gate = scores + n * E;
   float *up = gate + n * G, *weights = up + n * G, *inputs = weights + P, *rows = inputs + P * D, *g = rows + P * D, *u = g + P * F;
@@ -480,10 +463,10 @@ int moe_step(int, void** data, int* ndims, int64_t** shapes, const char**, void*
 
   normalise(x, n, D, floats(data[1]), numbers[0], h);
   if (G) {
-    dsv3::multiply_all({{h, n, D, floats(data[2]), E, logits}, {h, n, D, floats(data[7]), G, gate}, {h, n, D, floats(data[8]), G, up}});
+    dsv3::multiply_all({{h, n, D, {floats(data[2])}, E, logits}, {h, n, D, w(3), G, gate}, {h, n, D, w(4), G, up}});
     swiglu(gate, up, 1.0f, gate, n * G);
   } else {
-    dsv3::multiply_all({{h, n, D, floats(data[2]), E, logits}});
+    dsv3::multiply_all({{h, n, D, {floats(data[2])}, E, logits}});
   }
   const Choice choose(E, options, K);
   for (int64_t t = 0; t < n; ++t) {
@@ -499,13 +482,13 @@ int moe_step(int, void** data, int* ndims, int64_t** shapes, const char**, void*
   const auto pieces = row_pieces(ends.data(), E);
   const int64_t shared = G ? 1 : 0;
   auto task = [&](int64_t i) {
-    if (i == (int64_t)pieces.size()) return dsv3::multiply_rows(gate, n, G, floats(data[9]), D, common);
+    if (i == (int64_t)pieces.size()) return dsv3::multiply({gate, n, G, w(5), D, common});
     const auto [e, begin, end] = pieces[i];
     const int64_t m = end - begin;
-    dsv3::multiply_rows(inputs + begin * D, m, D, floats(data[4]) + e * D * F, F, g + begin * F);
-    dsv3::multiply_rows(inputs + begin * D, m, D, floats(data[5]) + e * D * F, F, u + begin * F);
+    dsv3::multiply({inputs + begin * D, m, D, w(0).at(e, D, F), F, g + begin * F});
+    dsv3::multiply({inputs + begin * D, m, D, w(1).at(e, D, F), F, u + begin * F});
     for (int64_t r = begin; r < end; ++r) swiglu(g + r * F, u + r * F, weights[order[r]], g + r * F, F);
-    dsv3::multiply_rows(g + begin * F, m, F, floats(data[6]) + e * D * F, D, rows + begin * D);
+    dsv3::multiply({g + begin * F, m, F, w(2).at(e, F, D), D, rows + begin * D});
   };
   const int64_t tasks = pieces.size() + shared;
   if (n * D * (3 * K * F + G) > dsv3::kAlone)

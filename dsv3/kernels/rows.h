@@ -114,26 +114,4 @@ inline void multiply_tile(const float* x, int64_t rows, int64_t D, const Weight*
 // Columns of a tile of so many rows.
 inline int64_t tile_columns(int64_t rows) { return std::min<int64_t>(kSums / rows, 1024) / kColumns * kColumns; }
 
-// y = x w on the calling thread. x [rows, D], w [D, F] -> y [rows, F].
-template <class Total, class Weight>
-inline void multiply_rows(const float* x, int64_t rows, int64_t D, const Weight* w, int64_t F, float* y) {
-  for (int64_t r = 0; r < rows; r += kFewRows) {
-    const int64_t m = std::min(rows - r, kFewRows), step = tile_columns(m);
-    for (int64_t j = 0; j < F; j += step)
-      multiply_tile<Total>(x + r * D, m, D, w + j, F, y + r * F + j, std::min(step, F - j));
-  }
-}
-
-// y = x w on all threads.
-template <class Total, class Weight>
-inline void multiply_rows_together(const float* x, int64_t rows, int64_t D, const Weight* w, int64_t F, float* y) {
-  const int64_t share = rows * D * F <= kAlone ? F : (F / kColumns + num_threads()) / num_threads() * kColumns;
-  const int64_t step = std::min(tile_columns(std::min(rows, kFewRows)), std::max(share, kColumns));
-  const int64_t tiles = (F + step - 1) / step;
-  parallel_for((rows + kFewRows - 1) / kFewRows * tiles, [&](int64_t task) {
-    const int64_t j = task % tiles * step, r = task / tiles * kFewRows;
-    multiply_tile<Total>(x + r * D, std::min(rows - r, kFewRows), D, w + j, F, y + r * F + j, std::min(step, F - j));
-  });
-}
-
 }  // namespace dsv3

@@ -11,27 +11,30 @@ from mindspore import Tensor
 from mindspore.ops.primitive import constexpr
 
 from dsv3.kernels import native
+from dsv3.kernels.int8 import operands
 from dsv3.kernels.linear import FEW_ROWS
 
 
 @constexpr
 def fits(n: int) -> bool:
-    """Whether so many tokens go through these operators; params must be float32 and whole."""
+    """Whether so many tokens go through these operators; params must be whole, and float32 or quantised."""
     return native.why_reference() is None and n <= FEW_ROWS
 
 
 def attention_step(x, norm, params, at, pool, *, num_heads, scale, block_size, eps):
     """x + attention of RMSNorm(x) over a layer's cache, which gets the rows of x. x: [n, D]; the rest as in ``cached_mla``."""
     low_rank = "wq_a" in params
-    first = (params["wq_a"], params["q_norm"], params["wq_b"]) if low_rank else (norm, norm, params["wq"])
-    return _ops_of("attention")(x, norm, first[0], first[1], first[2], params["wkv_a"], params["kv_norm"], params["wkv_b"], params["wo"],
-                                at["cos"], at["sin"], at["positions"], at["slots"], at["tables"], pool, _scales(num_heads, scale),
-                                _length(block_size), _numbers(eps))
+    first = (params["wq_a"], params["wq_b"]) if low_rank else (norm, params["wq"])
+    w, s, rounds = operands(first[0], first[1], params["wkv_a"], params["wo"])
+    return _ops_of("attention")(x, norm, w[0], params["q_norm"] if low_rank else norm, w[1], w[2], params["kv_norm"],
+                                params["wkv_b"], w[3], at["cos"], at["sin"], at["positions"], at["slots"], at["tables"], pool,
+                                _scales(num_heads, scale), _length(block_size), _numbers(eps), s[0], s[1], s[2], s[3], rounds)
 
 
 def mlp_step(x, norm, params, *, eps):
     """x + ``nn.mlp.mlp`` of RMSNorm(x). x: [n, D]."""
-    return _ops_of("mlp")(x, norm, params["w_gate"], params["w_up"], params["w_down"], _numbers(eps))
+    w, s, rounds = operands(params["w_gate"], params["w_up"], params["w_down"])
+    return _ops_of("mlp")(x, norm, w[0], w[1], w[2], _numbers(eps), s[0], s[1], s[2], rounds)
 
 
 def moe_step(x, norm, params, *, cfg):
@@ -39,11 +42,11 @@ def moe_step(x, norm, params, *, cfg):
     router, experts = params["router"], params["experts"]
     bias = router["bias"] if "bias" in router else _zeros(cfg.n_routed_experts)
     none = _zeros(1)
-    shared = (none, none, none)
-    if "shared" in params:
-        shared = params["shared"]["w_gate"], params["shared"]["w_up"], params["shared"]["w_down"]
-    return _ops_of("moe")(x, norm, router["w"], bias, experts["w_gate"], experts["w_up"], experts["w_down"], shared[0], shared[1],
-                          shared[2], _options(cfg), _numbers(cfg.rms_norm_eps, cfg.routed_scaling_factor))
+    shared = params["shared"] if "shared" in params else {"w_gate": none, "w_up": none, "w_down": none}
+    w, s, rounds = operands(experts["w_gate"], experts["w_up"], experts["w_down"], shared["w_gate"], shared["w_up"],
+                            shared["w_down"])
+    return _ops_of("moe")(x, norm, router["w"], bias, w[0], w[1], w[2], w[3], w[4], w[5], _options(cfg),
+                          _numbers(cfg.rms_norm_eps, cfg.routed_scaling_factor), s[0], s[1], s[2], s[3], s[4], s[5], rounds)
 
 
 @constexpr
