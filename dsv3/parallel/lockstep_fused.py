@@ -47,9 +47,27 @@ def _flash_grad(node, q, k, v, dy, shift, drop, padding, mask, top, total, weigh
     return np.matmul(ds, k), np.matmul(ds.swapaxes(-1, -2), q), np.matmul(p.swapaxes(-1, -2), dy), np.zeros(0, q.dtype)
 
 
+def _dynamic_quant(node, x, smooth):
+    _none(smooth)
+    token = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    return np.rint(x / token).astype(np.int8), token[..., 0]
+
+
+def _quant_matmul(node, x, w, scale, offset, bias, token, *_):
+    _none(offset, bias)
+    return np.matmul(x.astype(np.int32), w.astype(np.int32)) * scale * (1 if token is None else token[:, None])
+
+
+def _weight_quant_matmul(node, x, w, scale, offset, quant_scale, quant_offset, bias, *_):
+    _none(offset, quant_scale, quant_offset, bias)
+    return np.matmul(x, w * scale)
+
+
 def _none(*values: Any) -> None:
     if any(v is not None for v in values):
-        raise ValueError("a shift, dropout, padding, prefix or lengths are given; the model's programs have none")
+        raise ValueError("an argument is given that the model's programs leave out: a shift, dropout, padding, prefix, lengths, "
+                         "bias, offset")
 
 
-FUSED = {"FlashAttentionScore": _flash, "FlashAttentionScoreGrad": _flash_grad}
+FUSED = {"FlashAttentionScore": _flash, "FlashAttentionScoreGrad": _flash_grad, "DynamicQuantExt": _dynamic_quant,
+         "QuantBatchMatmul": _quant_matmul, "WeightQuantBatchMatmul": _weight_quant_matmul}

@@ -37,8 +37,12 @@ def _matmul(node, a, b, *flags):
 
 
 def _grouped_matmul(node, x, w, *rest):
-    """GroupedMatmulV4 of one tensor each: group_type 0, rows of x in groups; 2, the inner dim in groups (the gradient of w)."""
+    """GroupedMatmulV4 of one tensor each: group_type 0, rows of x in groups; 2, the inner dim in groups (the gradient of w).
+    int8 weights are widened with antiquant_scale and -offset, or their products with scale and pre_token_scale."""
     (x,), (w,), (groups, (split, kind, as_counts)) = x, w, (rest[6], map(_int, rest[10:13]))
+    scale, widening, shift, token = (rest[i] and rest[i][0] for i in (1, 3, 4, 5))
+    if widening is not None:
+        w = (w + shift[:, None]) * widening[:, None]
     if split != 3 or kind not in (0, 2):
         raise ValueError(f"split_item={split}, group_type={kind}: expected 3, and 0 or 2, as the model's programs have")
     ends = np.cumsum(groups) if as_counts else np.asarray(groups)
@@ -48,7 +52,9 @@ def _grouped_matmul(node, x, w, *rest):
         return (np.stack([a @ b for a, b in zip(np.split(x, ends, 1), np.split(w, ends))][:len(ends)]),)
     out = np.full((x.shape[0], w.shape[2]), np.nan, np.float32)  # what follows the last group is undefined
     for start, end, matrix in zip((0, *ends), ends, w):
-        out[start:end] = x[start:end] @ matrix
+        out[start:end] = x[start:end].astype(np.float32) @ matrix.astype(np.float32)
+    if scale is not None:
+        out *= scale[np.searchsorted(ends, np.arange(len(out)), "right").clip(max=len(ends) - 1)] * token[:, None]
     return (out,)
 
 
