@@ -4,7 +4,12 @@ Products of int8 with int8 are held to integers, bit for bit; the rest to float6
 numbers that its int8 stands for, and its perplexity near that of its float params. Ascend's graphs are
 compiled for a simulated device and interpreted by the documented meaning of its operators; no device has run them.
 
-Planted faults this file was seen to catch, one at a time: PLANTED
+Planted faults this file was seen to catch, one at a time: the bytes of a word in another order; a row's scale, or a column's,
+left out, or that of another tile, row or expert; a row with infinity let through; sums in float32; the hidden row not rounded;
+gate and up exchanged; a scale over positive weights alone, or over all experts; numbers cut off, not rounded; exclusions ignored;
+wkv_b quantised; an unknown pattern accepted; a gradient let through; int8 widened at the entry of a graph; wo, or the shared
+w_down, with another's scale in a decoded block; in the reference one scale for all tokens; for Ascend no scale of the tokens, or of
+the experts; in the measurement labels that are not shifted, and a median that is none.
 """
 import json
 import os
@@ -288,7 +293,8 @@ def test_a_trained_model(tmp_path):
     assert 0 < abs(both - before) < 0.03 and np.abs(z8 - z).max() > 1e-4
 
 
-@pytest.mark.parametrize("mode, exclude", [pytest.param("w8a16", (), marks=pytest.mark.slow), ("w8a8", ("*.wq_b", "*.w_down"))])
+@pytest.mark.parametrize("mode, exclude", [pytest.param("w8a16", (), marks=pytest.mark.slow),
+                                           ("w8a8", ("*.wq_b", "*.experts.w_down"))])
 def test_generation(mode, exclude):
     """The engine's prefill and decoding, whole operators and parts, continue as the forward pass of all tokens does."""
     cfg = dsv3.TINY.replace(vocab_size=61, hidden_size=32, intermediate_size=80, moe_intermediate_size=72, initializer_range=0.2,
