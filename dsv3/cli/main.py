@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from .. import __version__
-from . import convert, data, generate, info, plan, train
+from . import convert, data, generate, info, plan, serve, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dsv3", description="DeepSeek-V3 as pure functions, compiled by MindSpore.")
     parser.add_argument("--version", action="version", version=f"dsv3 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (train, convert, generate, info, data, plan):
+    for module in (train, convert, generate, serve, info, data, plan):
         module.add(commands)
     args = parser.parse_args(argv)
     try:

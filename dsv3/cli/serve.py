@@ -1,0 +1,107 @@
+"""``dsv3 serve``: an OpenAI-compatible service, and a page to chat with the model, over a checkpoint or a training run."""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+KEY = "DSV3_API_KEY"
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    p = commands.add_parser("serve", help="answer OpenAI clients and browsers with a trained model",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("checkpoint", help="a training run's folder, one of its checkpoints, or a folder of weights")
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 lets other machines in")
+    p.add_argument("--port", type=int, default=8000, help="0 takes any free one")
+    p.add_argument("--api-key", help=f"what clients must send as bearer token; default: the environment's {KEY}, else none is asked")
+    p.add_argument("--model-name", help="the name clients ask for; default: the checkpoint folder's")
+    p.add_argument("--tokenizer", help="a tokenizer.json, its folder, or 'byte'; default: the checkpoint's own")
+    g = p.add_argument_group("engine")
+    g.add_argument("--max-batch", type=int, default=8, help="answers generated at the same time")
+    g.add_argument("--max-length", type=int, help="tokens of prompt and answer together; default: the model's")
+    g.add_argument("--cache-tokens", type=int, help="tokens the cache holds for all answers; default: the engine's choice")
+    g.add_argument("--speculative", action="store_true", help="draft with the MTP module")
+    g.add_argument("--quantize", choices=("w8a16", "w8a8"), help="int8 weights, with activations as they are or int8 too")
+    g = p.add_argument_group("limits")
+    g.add_argument("--max-queue", type=int, default=64, help="answers that may wait; then 429")
+    g.add_argument("--timeout", type=float, default=600.0, help="seconds a request may take; then 504")
+    g.add_argument("--grace", type=float, default=10.0, help="seconds that running requests get after SIGTERM")
+    g.add_argument("--max-body", type=int, default=4 << 20, help="bytes of a request; then 413")
+    g.add_argument("--max-prompt", type=int, help="tokens of a prompt; default: --max-length")
+    g.add_argument("--max-tokens", type=int, help="tokens of an answer; default: --max-length")
+    g.add_argument("--max-choices", type=int, default=16, help="answers of one request: prompts times n")
+    p.add_argument("--access-log", action="store_true", help="print a line for each request")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, listen, serve until a signal."""
+    import signal
+
+    check(args)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # while it loads; the server has its own
+    from ..chat import load_chat
+    from ..data import load_tokenizer
+    from ..serve import run as server
+    from ..serve.app import Service
+    from ..serve.body import Limits
+    from ..serve.worker import Worker
+    from .generate import open_checkpoint
+
+    bound = server.bind(args.host, args.port)
+    params, cfg, place = open_checkpoint(args.checkpoint, mtp=args.speculative)
+    if args.tokenizer is None and place is None:
+        raise ValueError(f"{args.checkpoint} has no tokenizer.json; give one with --tokenizer")
+    tokenizer = load_tokenizer(args.tokenizer or place)
+    if args.quantize:
+        from ..quant import quantize
+
+        params = quantize(params, cfg, mode=args.quantize)
+    limits = Limits(body_bytes=args.max_body, prompt_tokens=args.max_prompt or 1 << 30, new_tokens=args.max_tokens or 1 << 30,
+                    choices=args.max_choices, queue=args.max_queue, seconds=args.timeout, grace=args.grace)
+    worker = Worker(lambda: start(params, cfg, tokenizer, args), places=args.max_batch + args.max_queue)
+    worker.load()
+    service = Service(worker, tokenizer, load_chat(tokenizer), args.model_name or Path(args.checkpoint).resolve().name, limits,
+                      args.api_key or os.environ.get(KEY) or None)
+
+    def ready() -> None:
+        asked = "" if service.api_key is None else ", with an API key"
+        print(f"dsv3 serve: {service.model} at {server.address(bound)}{asked}; the API is at {server.address(bound)}/v1; "
+              f"Ctrl-C or SIGTERM stops it", flush=True)
+
+    server.serve(service, bound, ready, args.access_log)
+    return 0
+
+
+def start(params, cfg, tokenizer, args: argparse.Namespace):
+    """The engine, its graphs compiled, so that the first client does not wait for them."""
+    from ..engine import Engine
+    from ..sampling import Sampling
+
+    eos = cfg.eos_token_id if tokenizer.eos_id is None else tokenizer.eos_id
+    engine = Engine(params, cfg, max_batch=args.max_batch, max_length=args.max_length, cache_tokens=args.cache_tokens,
+                    speculative=args.speculative, eos_token_ids=() if eos is None else (eos,))
+    engine.submit([tokenizer.bos_id or 0], Sampling(max_new_tokens=2, ignore_eos=True))
+    while not engine.idle:
+        engine.step()
+    return engine
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse settings that cannot work, by name."""
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"needs {', '.join(missing)}: pip install 'dsv3[serve]'")
+    for name in ("max_batch", "max_length", "cache_tokens", "max_body", "max_prompt", "max_tokens", "max_choices"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if args.max_queue < 0 or args.timeout <= 0 or args.grace < 0:
+        raise ValueError(f"--max-queue {args.max_queue}, --timeout {args.timeout}, --grace {args.grace}: expected none below 0, "
+                         f"and some time for a request")
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port {args.port}: expected 0 to 65535")
