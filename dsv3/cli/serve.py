@@ -26,6 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     g.add_argument("--cache-tokens", type=int, help="tokens the cache holds for all answers; default: the engine's choice")
     g.add_argument("--speculative", action="store_true", help="draft with the MTP module")
     g.add_argument("--quantize", choices=("w8a16", "w8a8"), help="int8 weights, with activations as they are or int8 too")
+    g.add_argument("--lazy", action="store_true", help="be ready sooner: compile each graph when a request first needs it")
     g = p.add_argument_group("limits")
     g.add_argument("--max-queue", type=int, default=64, help="answers that may wait; then 429")
     g.add_argument("--timeout", type=float, default=600.0, help="seconds a request may take; then 504")
@@ -78,16 +79,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def start(params, cfg, tokenizer, args: argparse.Namespace):
-    """The engine, its graphs compiled, so that the first client does not wait for them."""
+    """The engine; unless lazy, with the graphs that most requests need compiled, so that the first clients do not wait for them."""
     from ..engine import Engine
     from ..sampling import Sampling
 
     eos = cfg.eos_token_id if tokenizer.eos_id is None else tokenizer.eos_id
     engine = Engine(params, cfg, max_batch=args.max_batch, max_length=args.max_length, cache_tokens=args.cache_tokens,
                     speculative=args.speculative, eos_token_ids=() if eos is None else (eos,))
-    engine.submit([tokenizer.bos_id or 0], Sampling(max_new_tokens=2, ignore_eos=True))
-    while not engine.idle:
-        engine.step()
+    if not args.lazy:
+        for i in range(args.max_batch):  # they end one after another: every number of running sequences occurs
+            engine.submit([i % cfg.vocab_size], Sampling(max_new_tokens=2 + i, ignore_eos=True))
+        for length in (64, 128, 256):
+            if length < engine.max_length:
+                engine.submit([length % cfg.vocab_size] * length, Sampling(max_new_tokens=1))
+        while not engine.idle:
+            engine.step()
+        engine.forget()
     return engine
 
 

@@ -139,7 +139,7 @@ async def chunks(ask: Ask, stream: AsyncIterator[Piece], choices: list[Choice], 
 
     def event(choice: dict[str, Any] | None, **more: Any) -> str:
         data = head | {"choices": [] if choice is None else [choice]} | ({"usage": None} if ask.include_usage else {}) | more
-        return f"data: {json.dumps(data, separators=(",", ":"))}\n\n"
+        return "data: " + json.dumps(data, separators=(",", ":")) + "\n\n"
 
     def delta(c: int, content: dict[str, Any], probs: Any = None, finish: str | None = None) -> str:
         return event({"index": c, "delta": content, "logprobs": probs, "finish_reason": finish})
