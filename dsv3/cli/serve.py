@@ -90,7 +90,7 @@ def start(params, cfg, tokenizer, args: argparse.Namespace):
         for i in range(args.max_batch):  # they end one after another: every number of running sequences occurs
             engine.submit([i % cfg.vocab_size], Sampling(max_new_tokens=2 + i, ignore_eos=True))
         for length in (64, 128, 256):
-            if length < engine.max_length:
+            if length < min(engine.max_length, (args.cache_tokens or engine.max_length) // 2):
                 engine.submit([length % cfg.vocab_size] * length, Sampling(max_new_tokens=1))
         while not engine.idle:
             engine.step()
