@@ -6,14 +6,14 @@ import argparse
 import json
 import sys
 
-from . import cast, convert, data, depth, generate, kernels, peer, quant, train
+from . import cast, convert, data, depth, generate, kernels, peer, quant, serve, train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one measurement; returns the exit code: 0, or 1 after a user's error, printed as one line."""
     parser = argparse.ArgumentParser(prog="python -m dsv3.bench", description="What a step costs, and where.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (train, peer, generate, depth, kernels, cast, data, convert, quant):
+    for module in (train, peer, generate, serve, depth, kernels, quant, cast, data, convert):
         command = module.add(commands)
         command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
         command.set_defaults(measure=module.run, table=module.table)
