@@ -112,7 +112,7 @@ def main(settings):
     engine = settings.get("engine", {})
     worker = Worker(lambda: StandIn(**engine), places=engine.get("max_batch", 4) + limits.queue)
     worker.load()
-    service = Service(worker, BYTE, load_chat(BYTE), "standin", limits, settings.get("api_key"))
+    service = Service(worker, BYTE, load_chat(BYTE), "standin", limits, settings.get("api_key"), run.is_local(bound))
     run.serve(service, bound, lambda: print(f"ready at {run.address(bound)}", flush=True))
 
 

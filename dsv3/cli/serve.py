@@ -44,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
     import signal
 
     check(args)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # while it loads; the server has its own
     from ..chat import load_chat
     from ..data import load_tokenizer
     from ..serve import run as server
@@ -54,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from .generate import open_checkpoint
 
     bound = server.bind(args.host, args.port)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # while it loads; the server has its own
     params, cfg, place = open_checkpoint(args.checkpoint, mtp=args.speculative)
     if args.tokenizer is None and place is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json; give one with --tokenizer")
@@ -67,12 +67,14 @@ def run(args: argparse.Namespace) -> int:
     worker = Worker(lambda: start(params, cfg, tokenizer, args), places=args.max_batch + args.max_queue)
     worker.load()
     service = Service(worker, tokenizer, load_chat(tokenizer), args.model_name or Path(args.checkpoint).resolve().name, limits,
-                      args.api_key or os.environ.get(KEY) or None)
+                      args.api_key or os.environ.get(KEY) or None, server.is_local(bound))
 
     def ready() -> None:
         asked = "" if service.api_key is None else ", with an API key"
         print(f"dsv3 serve: {service.model} at {server.address(bound)}{asked}; the API is at {server.address(bound)}/v1; "
               f"Ctrl-C or SIGTERM stops it", flush=True)
+        if not service.local and service.api_key is None:
+            print(f"dsv3 serve: {args.host} can be reached from other machines, and no --api-key is set", file=sys.stderr, flush=True)
 
     server.serve(service, bound, ready, args.access_log)
     return 0

@@ -27,6 +27,7 @@ PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; script-src 'unsa
                                            "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
                 "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter: a proxy should not collect events
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
 GONE = ApiError(499, "the client has gone")
 
 
@@ -40,6 +41,7 @@ class Service:
     model: str
     limits: Limits
     api_key: str | None = None
+    local: bool = False   # whether it listens on a loopback address
     created: int = field(default_factory=lambda: int(time.time()))
     closing: bool = False
     watches: set[asyncio.Task] = field(default_factory=set)
@@ -48,8 +50,16 @@ class Service:
         self.metrics = Metrics(self.worker)
 
     def authorize(self, request: Request) -> None:
-        """Raises ApiError 401 unless the request bears the key, compared in constant time."""
+        """Raises ApiError 401 unless the request bears the key, compared in constant time.
+
+        A server without key on a loopback address takes requests to loopback names only, else 403: a web page whose own name has
+        been pointed at this machine would be of the same origin.
+        """
         if self.api_key is None:
+            host = request.headers.get("host", "").lower()
+            if self.local and (host if host.endswith("]") else host.rpartition(":")[0] or host) not in LOCAL:
+                raise ApiError(403, f"Host: expected one of {', '.join(LOCAL)}, found {host!r}; start the server with --api-key to use "
+                                    f"it by other names", code="host_not_allowed")
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode()):
