@@ -63,7 +63,8 @@ def metrics(url):
     """Name (with its labels) -> value."""
     status, _, body = raw(url, "GET", "/metrics")
     assert status == 200
-    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in body.decode().splitlines() if not line.startswith("#")}
+    pairs = [line.rsplit(" ", 1) for line in body.decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in pairs}
 
 
 def at_rest(url, seconds=10):

@@ -17,8 +17,8 @@ from dsv3.cli.main import main  # noqa: E402
 from dsv3.config import TINY  # noqa: E402
 
 CFG = TINY.replace(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-                   moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
-                   n_routed_experts=8, num_experts_per_tok=2, bos_token_id=0, eos_token_id=1,
+                   moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4,
+                   v_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, bos_token_id=0, eos_token_id=1,
                    initializer_range=0.3)  # so large that what is likely depends on the prompt
 WORDS = ["the quick brown fox", "def main():", "0 1 2 3 4", "über 🙂", "a", "x = [1, 2, 3]\n" * 3]
 
@@ -62,8 +62,8 @@ def test_the_text_is_the_models_own(url, checkpoint):
         marks = (tokenizer.bos_id, tokenizer.eos_id)  # are not shown
         assert answer.choices[0].text == tokenizer.decode([i for i in ids if i not in marks])
         assert answer.choices[0].finish_reason == ("stop" if ends else "length") and answer.usage.completion_tokens == len(ids)
-    chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "the fox"}], max_tokens=5, logprobs=True,
-                                          top_logprobs=3, temperature=0)
+    chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "the fox"}], max_tokens=5,
+                                          logprobs=True, top_logprobs=3, temperature=0)
     for entry in chat.choices[0].logprobs.content:
         assert entry.logprob == entry.top_logprobs[0].logprob < 0 and len(entry.top_logprobs) == 3
 
@@ -97,7 +97,8 @@ def test_answers_do_not_depend_on_who_else_is_served(url):
 
 
 def test_what_the_engine_refuses_is_told(url):
-    for fields, words in (({"prompt": [299, 300]}, "expected 0 to 299"), ({"prompt": "x " * 200}, "at most 127"), ({"n": 3}, "at most 2")):
+    for fields, words in (({"prompt": [299, 300]}, "expected 0 to 299"), ({"prompt": "x " * 200}, "at most 127"),
+                          ({"n": 3}, "at most 2")):
         status, _, answer = post(url, "/v1/completions", ask("x") | fields)
         assert status == 400 and words in answer["error"]["message"], answer
     assert metrics(url)["dsv3_engine_up"] == 1
@@ -106,8 +107,8 @@ def test_what_the_engine_refuses_is_told(url):
 def test_settings_that_cannot_work_end_in_a_line(checkpoint, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        for options, words in ((["--max-batch", "0"], "--max-batch 0: expected at least 1"), (["--port", port], f"127.0.0.1:{port}: Address"),
-                               (["--port", "99999"], "--port 99999: expected"), (["--timeout", "0"], "--timeout 0")):
+        for options, words in ((["--max-batch", "0"], "--max-batch 0: expected at least 1"), (["--timeout", "0"], "--timeout 0"),
+                               (["--port", port], f"127.0.0.1:{port}: Address"), (["--port", "99999"], "--port 99999: expected")):
             assert main(["serve", str(checkpoint), *options]) == 1
             told = capsys.readouterr().err
             assert words in told and told.count("\n") == 1, told

@@ -1,6 +1,6 @@
 """The page in headless Chromium, where `playwright` and a browser are installed: over the stand-in engine, as a person would.
 
-Planted faults seen to fail: the message put in as markup; the answer not added to the conversation; the stop button that only looks
+Planted faults seen to fail: an answer put in as markup; an answer not added to the conversation; a stop button of no effect.
 """
 import contextlib
 import json
@@ -74,7 +74,8 @@ def test_a_conversation(browser, url):
         sync_api.expect(page.locator(".assistant .note").nth(1)).to_contain_text("cut at its length; 3 tokens")
         assert bodies[1]["messages"] == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "say:" + evil},
                                          {"role": "assistant", "content": evil}, {"role": "user", "content": "say:second answer"}]
-        assert bodies[1]["temperature"] == 0.2 and bodies[1]["max_completion_tokens"] == 3 and "max_completion_tokens" not in bodies[0]
+        assert bodies[1]["temperature"] == 0.2 and bodies[1]["max_completion_tokens"] == 3
+        assert "max_completion_tokens" not in bodies[0]
         page.get_by_role("button", name="New conversation").click()
         assert page.locator("#log").text_content() == "" and page.locator("#empty").is_visible()
         say(page, "say:afresh")

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{args.url}: expected http://HOST:PORT")
         return {"machine": machine(), "levels": levels(args.url, args)}
     with own_server(args) as (url, process):
-        levels(url, argparse.Namespace(**vars(args) | {"clients": args.clients[:1], "requests": 2}))  # what the first requests compile
+        levels(url, argparse.Namespace(**vars(args) | {"requests": 8}))  # graphs that are compiled when they are first needed
         before = resident(process.pid)
         found = levels(url, args)
         time.sleep(0.5)
@@ -93,7 +93,8 @@ def level(url: str, clients: int, args: argparse.Namespace) -> dict[str, Any]:
         thread.join()
     seconds = time.perf_counter() - start
     return {"clients": clients, "served": len(whole), "errors": len(errors), "error": errors[0] if errors else None,
-            "seconds": seconds, "tokens_per_second": sum(tokens) / seconds, "first_token": quantiles(first), "latency": quantiles(whole)}
+            "seconds": seconds, "tokens_per_second": sum(tokens) / seconds, "first_token": quantiles(first),
+            "latency": quantiles(whole)}
 
 
 def quantiles(values: list[float]) -> dict[str, float] | None:
@@ -105,7 +106,7 @@ def quantiles(values: list[float]) -> dict[str, float] | None:
 
 
 def stream(url: str, prompt: str, args: argparse.Namespace) -> tuple[float, int]:
-    """(when the first piece came, tokens of the whole) of one streamed completion. Raises ValueError with the server's refusal."""
+    """(when the first piece came, tokens of the whole) of one streamed completion. Raises ValueError with a refusal."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=600)
     try:
@@ -168,7 +169,8 @@ def left(url: str, api_key: str | None) -> dict[str, float]:
         text = connection.getresponse().read().decode()
     finally:
         connection.close()
-    values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line.startswith("dsv3_") and "{" not in line}
+    pairs = [line.split() for line in text.splitlines() if line.startswith("dsv3_") and "{" not in line]
+    values = {name: float(value) for name, value in pairs}
     return {"requests": values["dsv3_requests_live"], "blocks": values["dsv3_engine_blocks"] - values["dsv3_engine_free_blocks"]}
 
 
@@ -179,14 +181,15 @@ def resident(pid: int) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """For people."""
-    lines = [f"{'clients':>7} {'served':>6} {'errors':>6} {'tokens/s':>9} {'first p50':>10} {'first p99':>10} {'p50':>9} {'p99':>9}"]
+    names = ("clients", "served", "errors", "tokens/s", "first p50", "first p99", "p50", "p99")
+    lines = [" ".join(f"{name:>10}" for name in names)]
     for r in result["levels"]:
         times = [f"{s[q] * 1e3:,.0f} ms" if s else "-" for s in (r["first_token"], r["latency"]) for q in ("p50", "p99")]
-        lines.append(f"{r['clients']:>7} {r['served']:>6} {r['errors']:>6} {r['tokens_per_second']:>9,.1f} {times[0]:>10} {times[1]:>10} "
-                     f"{times[2]:>9} {times[3]:>9}" + (f"  {r['error'][:80]}" if r["error"] else ""))
+        values = (r["clients"], r["served"], r["errors"], f"{r['tokens_per_second']:,.1f}", *times)
+        lines.append(" ".join(f"{value:>10}" for value in values) + (f"  {r['error'][:80]}" if r["error"] else ""))
     if "left" in result:
         b = result["server_bytes"]
-        lines.append(f"left behind: {result['left']['requests']:.0f} requests, {result['left']['blocks']:.0f} blocks; the server's memory "
-                     f"{b['before'] / 2**20:,.0f} MiB before, {b['after'] / 2**20:,.0f} MiB after")
+        lines.append(f"left behind: {result['left']['requests']:.0f} requests, {result['left']['blocks']:.0f} blocks; the "
+                     f"server's memory {b['before'] / 2**20:,.0f} MiB before, {b['after'] / 2**20:,.0f} MiB after")
     m = result["machine"]
     return "\n".join([*lines, f"{m['cpu']}, {m['cpus']} CPUs, load {m['load']:.1f}"])

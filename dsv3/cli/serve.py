@@ -17,7 +17,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("checkpoint", help="a training run's folder, one of its checkpoints, or a folder of weights")
     p.add_argument("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 lets other machines in")
     p.add_argument("--port", type=int, default=8000, help="0 takes any free one")
-    p.add_argument("--api-key", help=f"what clients must send as bearer token; default: the environment's {KEY}, else none is asked")
+    p.add_argument("--api-key", help=f"the bearer token clients must send; default: the environment's {KEY}, else none")
     p.add_argument("--model-name", help="the name clients ask for; default: the checkpoint folder's")
     p.add_argument("--tokenizer", help="a tokenizer.json, its folder, or 'byte'; default: the checkpoint's own")
     g = p.add_argument_group("engine")
@@ -74,14 +74,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"dsv3 serve: {service.model} at {server.address(bound)}{asked}; the API is at {server.address(bound)}/v1; "
               f"Ctrl-C or SIGTERM stops it", flush=True)
         if not service.local and service.api_key is None:
-            print(f"dsv3 serve: {args.host} can be reached from other machines, and no --api-key is set", file=sys.stderr, flush=True)
+            print(f"dsv3 serve: {args.host} can be reached from other machines, and no key is asked", file=sys.stderr, flush=True)
 
     server.serve(service, bound, ready, args.access_log)
     return 0
 
 
 def start(params, cfg, tokenizer, args: argparse.Namespace):
-    """The engine; unless lazy, with the graphs that most requests need compiled, so that the first clients do not wait for them."""
+    """The engine; unless lazy, with the graphs that most requests need compiled, so that the first clients do not wait."""
     from ..engine import Engine
     from ..sampling import Sampling
 

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible service over one engine: ``body`` what is asked, ``worker`` the engine's thread, ``answer`` what goes back."""
+"""An OpenAI-compatible service over one engine: ``body`` is the question, ``worker`` the engine's thread, ``answer`` the reply."""

@@ -23,9 +23,10 @@ from .metrics import CONTENT_TYPE, Metrics
 from .worker import Job, Worker
 
 PAGE = Path(__file__).with_name("page.html")
-PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src "
-                                           "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-                "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+PAGE_HEADERS = {  # only what stands in the page itself, and only to its own server
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+                               "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter: a proxy should not collect events
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 GONE = ApiError(499, "the client has gone")
@@ -58,8 +59,8 @@ class Service:
         if self.api_key is None:
             host = request.headers.get("host", "").lower()
             if self.local and (host if host.endswith("]") else host.rpartition(":")[0] or host) not in LOCAL:
-                raise ApiError(403, f"Host: expected one of {', '.join(LOCAL)}, found {host!r}; start the server with --api-key to use "
-                                    f"it by other names", code="host_not_allowed")
+                raise ApiError(403, f"Host: expected one of {', '.join(LOCAL)}, found {host!r}; start the server with --api-key "
+                                    f"to use it by other names", code="host_not_allowed")
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode()):
@@ -78,7 +79,8 @@ def make_app(service: Service) -> Callable:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers).response()
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        return ApiError(error.status_code, what, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:
@@ -143,8 +145,8 @@ def describe(service: Service) -> dict[str, Any]:
 
 
 async def read(request: Request, limit: int, seconds: float) -> bytes:
-    """The body. Raises ApiError 413 when it is larger than ``limit``, 408 when it takes too long, 415 when it is said to be no JSON."""
-    # Browsers send JSON to another origin only after asking, so a page from elsewhere cannot use a server on the loopback address.
+    """The body. Raises ApiError 413 when it is larger than ``limit``, 408 when it takes too long, 415 if it is not called JSON."""
+    # Browsers send JSON to another origin only after asking, so a page from elsewhere cannot use a server on the loopback.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "Content-Type: expected application/json")
     parts: list[bytes] = []

@@ -207,6 +207,6 @@ def room(prompt: int, wanted: int | None, max_length: int, limits: Limits, where
     if wanted > limits.new_tokens:
         raise ApiError(400, f"max_tokens: expected at most {limits.new_tokens}, found {wanted}", "max_tokens", "invalid_value")
     if prompt + wanted > max_length:
-        raise ApiError(400, f"max_tokens: {prompt} tokens of {where} and {wanted} new ones are more than the model's {max_length}; "
-                            f"ask for at most {max_length - prompt}", "max_tokens", "context_length_exceeded")
+        raise ApiError(400, f"max_tokens: {prompt} tokens of {where} and {wanted} new ones are more than the model's "
+                            f"{max_length}; ask for at most {max_length - prompt}", "max_tokens", "context_length_exceeded")
     return wanted

@@ -34,7 +34,8 @@ def busy(message: str) -> ApiError:
 
 def closing() -> ApiError:
     """503: the server is shutting down."""
-    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10", "Connection": "close"})
+    headers = {"Retry-After": "10", "Connection": "close"}
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers=headers)
 
 
 def broken(failure: str) -> ApiError:

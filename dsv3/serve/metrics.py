@@ -12,7 +12,8 @@ from .worker import Worker
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 COUNTS = {"prompt_tokens": "prompt tokens taken", "reused_tokens": "prompt tokens found in the cache",
-          "generated_tokens": "tokens generated", "steps": "decoding steps, each of each sequence", "drafted": "tokens drafted", "accepted": "drafts accepted"}
+          "generated_tokens": "tokens generated", "steps": "decoding steps, each of each sequence",
+          "drafted": "tokens drafted", "accepted": "drafts accepted"}
 LEVELS = {"waiting": "sequences that wait", "running": "sequences being generated", "blocks": "cache blocks",
           "free_blocks": "free cache blocks", "cached_blocks": "free blocks that hold a reusable prefix"}
 

@@ -30,8 +30,8 @@ class Job:
 class Worker:
     """One thread that owns the engine and nothing else touches.
 
-    ``make_engine`` is called in the thread, for MindSpore keeps part of its state by thread. All methods are for the thread of the
-    event loop. When the engine raises, every request gets 500, ``failure`` says why, and nothing is accepted any more.
+    ``make_engine`` is called in the thread, for MindSpore keeps part of its state by thread. All methods are for the thread of
+    the event loop. When the engine raises, every request gets 500, ``failure`` says why, and nothing is accepted any more.
     """
 
     def __init__(self, make_engine: Callable[[], Any], places: int):
@@ -52,12 +52,15 @@ class Worker:
         self._ready.result()
 
     async def submit(self, job: Job, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> None:
-        """Queue one sequence for each prompt. Raises ApiError: 429 if too many wait, 400 if the engine refuses one, 500 if it is broken."""
+        """Queue one sequence for each prompt.
+
+        Raises ApiError: 429 if too many wait, 400 if the engine refuses one, 500 if the engine is broken.
+        """
         if self.failure is not None:
             raise broken(self.failure)
         taken = sum(len(other.open) for other in self.live)
         if taken + len(job.open) > self.places:
-            raise busy(f"{taken} answers are being written or wait, {len(job.open)} more would exceed {self.places}; try again later")
+            raise busy(f"{taken} answers are being written or wait; {len(job.open)} more would exceed {self.places}")
         self._loop = asyncio.get_running_loop()
         self.live.add(job)
         self._inbox.put(("submit", job, prompts, samplings))
@@ -158,7 +161,8 @@ class Worker:
             log.debug("the event loop has gone")
 
 
-def admit(engine: Any, routes: dict, job: Job, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> ApiError | None:
+def admit(engine: Any, routes: dict, job: Job, prompts: Sequence[Sequence[int]],
+          samplings: Sequence[Sampling]) -> ApiError | None:
     """Submit the sequences of a job, all or none; returns the refusal of the engine if there is one."""
     for choice, (prompt, sampling) in enumerate(zip(prompts, samplings)):
         try:

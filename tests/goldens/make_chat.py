@@ -53,7 +53,8 @@ def main(config):
     template = json.loads(Path(config).read_text(encoding="utf-8"))["chat_template"]
 
     def render(source, messages):
-        texts, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True, bos_token=BEGIN, eos_token=END)
+        texts, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True, bos_token=BEGIN,
+                                         eos_token=END)
         return texts[0]
 
     out = {
