@@ -1,1 +1,1 @@
-"""An OpenAI-compatible service over one engine: ``body`` is the question, ``worker`` the engine's thread, ``answer`` the reply."""
+"""An OpenAI-compatible service over one engine: ``body`` is a question, ``worker`` the engine's thread, ``answer`` the reply."""

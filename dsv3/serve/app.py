@@ -145,7 +145,7 @@ def describe(service: Service) -> dict[str, Any]:
 
 
 async def read(request: Request, limit: int, seconds: float) -> bytes:
-    """The body. Raises ApiError 413 when it is larger than ``limit``, 408 when it takes too long, 415 if it is not called JSON."""
+    """The body. Raises ApiError 413 when it is larger than ``limit``, 408 if it takes too long, 415 if it is not called JSON."""
     # Browsers send JSON to another origin only after asking, so a page from elsewhere cannot use a server on the loopback.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "Content-Type: expected application/json")
