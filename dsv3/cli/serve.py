@@ -4,8 +4,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 KEY = "DSV3_API_KEY"
 
@@ -41,8 +43,6 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, listen, serve until a signal."""
-    import signal
-
     check(args)
     from ..chat import load_chat
     from ..data import load_tokenizer
@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from .generate import open_checkpoint
 
     bound = server.bind(args.host, args.port)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # while it loads; the server has its own
+    for number in (signal.SIGINT, signal.SIGTERM):  # while it loads; the server has its own
+        signal.signal(number, leave)
     params, cfg, place = open_checkpoint(args.checkpoint, mtp=args.speculative)
     if args.tokenizer is None and place is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json; give one with --tokenizer")
@@ -76,8 +77,15 @@ def run(args: argparse.Namespace) -> int:
         if not service.local and service.api_key is None:
             print(f"dsv3 serve: {args.host} can be reached from other machines, and no key is asked", file=sys.stderr, flush=True)
 
-    server.serve(service, bound, ready, args.access_log)
+    if not server.serve(service, bound, ready, args.access_log):
+        leave()
     return 0
+
+
+def leave(*signal_and_frame: Any) -> None:
+    """End at once, with success: Python's own way out would abort while the engine's thread compiles or computes."""
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def start(params, cfg, tokenizer, args: argparse.Namespace):

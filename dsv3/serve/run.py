@@ -6,6 +6,7 @@ import ipaddress
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 
@@ -41,10 +42,11 @@ def is_local(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
-def serve(service: Service, bound: socket.socket, ready: Callable[[], None], access_log: bool = False) -> None:
-    """Answer requests until SIGINT or SIGTERM; then take no new ones, let the others finish within the grace time, and return.
+def serve(service: Service, bound: socket.socket, ready: Callable[[], None], access_log: bool = False) -> bool:
+    """Answer requests until SIGINT or SIGTERM; then take no new ones and let the others finish within the grace time.
 
-    ready() is called once requests are answered. Call it from the main thread, for the signals.
+    ready() is called once requests are answered. Returns whether the engine's thread has ended too: a step cannot be interrupted.
+    Call it from the main thread, for the signals.
     """
     grace = service.limits.grace
     server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="info" if access_log else "warning", lifespan="off",
@@ -65,11 +67,14 @@ def serve(service: Service, bound: socket.socket, ready: Callable[[], None], acc
         await server.serve([bound])
         attending.cancel()
 
-    # uvicorn ends by sending itself the signal it has had, which would kill the process: not a clean end
-    before = {s: signal.signal(s, lambda number, frame: None) for s in (signal.SIGINT, signal.SIGTERM)}
+    def end(number: int, frame: Any) -> None:
+        server.should_exit = True
+
+    # For before uvicorn sets its own, and for after: it ends by sending itself the signal it has had.
+    before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         asyncio.run(run())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        service.worker.close()
+    return service.worker.close()
