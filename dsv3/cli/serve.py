@@ -24,7 +24,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--tokenizer", help="a tokenizer.json, its folder, or 'byte'; default: the checkpoint's own")
     g = p.add_argument_group("engine")
     g.add_argument("--max-batch", type=int, default=8, help="answers generated at the same time")
-    g.add_argument("--max-length", type=int, help="tokens of prompt and answer together; default: the model's")
+    g.add_argument("--max-length", type=int, help="tokens of prompt and answer together; default: the model's, up to 4096")
     g.add_argument("--cache-tokens", type=int, help="tokens the cache holds for all answers; default: the engine's choice")
     g.add_argument("--speculative", action="store_true", help="draft with the MTP module")
     g.add_argument("--quantize", choices=("w8a16", "w8a8"), help="int8 weights, with activations as they are or int8 too")
