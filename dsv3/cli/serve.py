@@ -104,7 +104,6 @@ def start(params, cfg, tokenizer, args: argparse.Namespace):
                 engine.submit([length % cfg.vocab_size] * length, Sampling(max_new_tokens=1))
         while not engine.idle:
             engine.step()
-        engine.forget()
     return engine
 
 
