@@ -29,7 +29,6 @@ PAGE_HEADERS = {  # only what stands in the page itself, and only to its own ser
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter: a proxy should not collect events
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
-GONE = ApiError(499, "the client has gone")
 
 
 @dataclass
@@ -222,7 +221,7 @@ async def end_early(request: Request, job: Job, worker: Worker, deadline: float)
 
     try:
         await asyncio.wait_for(gone(), deadline - time.monotonic())
-        error = GONE
+        error = ApiError(499, "the client has gone")
     except asyncio.TimeoutError:
         error = ApiError(504, "the request took longer than this server allows", code="timeout")
     if job in worker.live:
