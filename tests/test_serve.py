@@ -3,7 +3,7 @@
 Planted faults seen to fail: a client that leaves not noticed; every fortieth request fed to another; a choice that goes on
 after its stop string; no answer to those who wait when the engine fails; the queue without end; the process killed by its own
 SIGTERM; no cut after the grace time; a key compared by its first letter; requests never taken off
-the list; unsupported fields ignored.
+the list; unsupported fields ignored; a client that leaves within its body taken for a fault of the server.
 """
 import asyncio
 import http.client
@@ -32,6 +32,7 @@ def url(tmp_path_factory):
     with standin(tmp_path_factory.mktemp("serve"), limits={"queue": 100, "choices": 8}) as found:
         yield found.url
         at_rest(found.url)
+        assert "Traceback" not in found.log.read_text()
 
 
 @pytest.fixture
@@ -224,6 +225,10 @@ def test_bad_bodies_are_refused_and_nothing_breaks(url):
     with socket.create_connection(urlsplit(url).netloc.split(":")) as s:  # not even HTTP
         s.sendall(b"\x16\x03\x01 nonsense\r\n\r\n")
         assert b"400" in s.recv(1000)
+    with socket.create_connection(urlsplit(url).netloc.split(":")) as s:  # hangs up within the body
+        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                  b"Content-Length: 99\r\n\r\n{")
+        time.sleep(0.2)
     at_rest(url)
 
 

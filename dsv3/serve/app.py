@@ -12,13 +12,14 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..chat import Chat
 from ..data.tokenizer import Tokenizer
 from ..text import TextStream
 from .answer import Choice, Piece, chunks, pieces, whole
 from .body import Ask, Limits, parse
-from .errors import ApiError, broken, closing
+from .errors import ApiError, broken, closing, gone
 from .metrics import CONTENT_TYPE, Metrics
 from .worker import Job, Worker
 
@@ -164,6 +165,8 @@ async def read(request: Request, limit: int, seconds: float) -> bytes:
         await asyncio.wait_for(receive(), seconds)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {seconds:g} seconds", headers={"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise gone() from None
     if size > limit:
         raise ApiError(413, f"the body: expected at most {limit} bytes, found more", code="body_too_large",
                        headers={"Connection": "close"})
@@ -174,12 +177,12 @@ async def complete(service: Service, request: Request, chat: Chat | None) -> Res
     """Both endpoints: check, queue, answer whole or in pieces; nothing runs on when the client has gone or the time is up."""
     arrived = time.monotonic()
     service.authorize(request)
-    if service.closing:
-        raise closing()
     worker, limits = service.worker, service.limits
     body = await read(request, limits.body_bytes, limits.seconds)
     # in a thread: a long text takes long to encode, and others wait for their tokens
     ask = await asyncio.to_thread(parse, body, chat, service.tokenizer, service.model, worker.max_length, limits)
+    if service.closing:
+        raise closing()
     choices = [Choice(TextStream(service.tokenizer, ask.stop)) for _ in ask.samplings]
     job = Job(len(choices))
     watch = asyncio.create_task(end_early(request, job, worker, arrived + limits.seconds))
@@ -215,13 +218,13 @@ async def observed(service: Service, ask: Ask, job: Job, choices: list[Choice], 
 
 async def end_early(request: Request, job: Job, worker: Worker, deadline: float) -> None:
     """Wait for the client to go away, or for the end of its time, and end the job then."""
-    async def gone() -> None:
+    async def wait() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
     try:
-        await asyncio.wait_for(gone(), deadline - time.monotonic())
-        error = ApiError(499, "the client has gone")
+        await asyncio.wait_for(wait(), deadline - time.monotonic())
+        error = gone()
     except asyncio.TimeoutError:
         error = ApiError(504, "the request took longer than this server allows", code="timeout")
     if job in worker.live:

@@ -38,6 +38,11 @@ def closing() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers=headers)
 
 
+def gone() -> ApiError:
+    """For the books: nobody reads it."""
+    return ApiError(499, "the client has gone")
+
+
 def broken(failure: str) -> ApiError:
     """500: the engine has stopped."""
     return ApiError(500, f"the engine has stopped: {failure}; the server must be restarted", code="engine_failure")

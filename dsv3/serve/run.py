@@ -13,6 +13,8 @@ import uvicorn
 from .app import Service, make_app
 from .errors import closing
 
+SPARE = 256  # connections beside those that have a place with the engine
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound to an address, not yet listening, so that a taken port is known before the model is loaded.
@@ -49,8 +51,10 @@ def serve(service: Service, bound: socket.socket, ready: Callable[[], None], acc
     Call it from the main thread, for the signals.
     """
     grace = service.limits.grace
-    server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="info" if access_log else "warning", lifespan="off",
-                                           access_log=access_log, timeout_graceful_shutdown=int(grace) + 5, server_header=False))
+    server = uvicorn.Server(uvicorn.Config(
+        make_app(service), log_level="info" if access_log else "warning", lifespan="off", access_log=access_log,
+        server_header=False, timeout_graceful_shutdown=int(grace) + 5,
+        limit_concurrency=service.worker.places + SPARE))  # beyond it uvicorn says 503: so many sockets may be stuck or idle
 
     async def attend() -> None:
         while not (server.started or server.should_exit):
