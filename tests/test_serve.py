@@ -5,6 +5,7 @@ after its stop string; no answer to those who wait when the engine fails; the qu
 SIGTERM; no cut after the grace time; a key compared by its first letter; requests never taken off
 the list; unsupported fields ignored; a client that leaves within its body taken for a fault of the server.
 """
+import argparse
 import asyncio
 import http.client
 import json
@@ -402,3 +403,21 @@ def test_sigterm_cuts_what_outlasts_the_grace_time(tmp_path):
         assert result[0][0] == 503 and result[0][2]["error"]["code"] == "shutting_down"
         assert found.process.wait(10) == 0 and time.time() - start < 3
         assert 0 < len("".join(texts)) < 400
+
+
+def test_the_load_driver_counts_what_is_served_and_what_is_not(tmp_path):
+    from dsv3.bench import serve as bench
+
+    with standin(tmp_path, engine={"max_batch": 2}, limits={"queue": 1}) as found:
+        args = argparse.Namespace(url=found.url, clients=[1, 12], requests=24, prompt=20, tokens=20, api_key=None)
+        one, many = bench.levels(found.url, args)
+        assert (one["served"], one["errors"]) == (24, 0)
+        assert one["latency"]["p50"] <= one["latency"]["p99"] < one["seconds"]
+        assert one["first_token"]["p50"] < one["latency"]["p50"]
+        assert one["tokens_per_second"] * one["seconds"] == pytest.approx(480)
+        assert many["served"] + many["errors"] == 24 and many["errors"] > 0 and many["error"].startswith("429")
+        assert bench.left(found.url, None) == {"requests": 0, "blocks": 0}
+        table = bench.table({"levels": [one, many], "machine": {"cpu": "a processor", "cpus": 2, "load": 0.0}})
+        assert "429" in table and len(table.splitlines()) == 4
+        with pytest.raises(ValueError, match="--requests 0"):
+            bench.run(argparse.Namespace(**vars(args) | {"requests": 0}))

@@ -135,15 +135,18 @@ def stream(url: str, prompt: str, args: argparse.Namespace) -> tuple[float, int]
 
 @contextlib.contextmanager
 def own_server(args: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen]]:
-    """(URL, process) of ``dsv3 serve`` over random weights."""
+    """(URL, process) of ``dsv3 serve`` over random weights, with a tokenizer whose tokens are text: others would show nothing."""
     import dsv3
 
     from ..cli.info import find_config
+    from ..data.tokenizer import train_bpe
 
     with tempfile.TemporaryDirectory(prefix="dsv3-serve-") as folder:
         cfg = find_config(args.config)
         weights, log = dsv3.save(Path(folder) / "random", dsv3.init(cfg, seed=0), cfg=cfg), Path(folder) / "log"
-        command = [sys.executable, "-m", "dsv3", "serve", str(weights), "--port", "0", "--tokenizer", "byte"]
+        sources = sorted(Path(os.__file__).parent.glob("*.py"))[:60]
+        train_bpe((path.read_text(encoding="utf-8", errors="replace") for path in sources), cfg.vocab_size, weights)
+        command = [sys.executable, "-m", "dsv3", "serve", str(weights), "--port", "0"]
         if args.api_key:
             command += ["--api-key", args.api_key]
         with log.open("w") as file:
