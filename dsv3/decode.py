@@ -55,7 +55,8 @@ def prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows
 
     tokens, positions, slots, segments: [n] int32; last: [m] int32, which of the n tokens' logits are wanted. With ``mtp`` the
     MTP module's cache is filled too: ahead [n] int32 is the token after each (anything where it is not known yet), and the
-    hidden states of ``last`` are kept in rows [m] of cache["hidden"]. Returns (the likeliest next ids [m] int32, logits [m, W] float32).
+    hidden states of ``last`` are kept in rows [m] of cache["hidden"].
+    Returns (the likeliest next ids [m] int32, logits [m, W] float32).
     """
     at = {"cos": cache["cos"], "sin": cache["sin"], "positions": positions, "slots": slots, "segments": segments}
     return _filled(params, cache, tokens, at, last, ahead, rows, cfg, block_size, mtp, fused)
@@ -72,9 +73,9 @@ def speculate(params, cache, behind, tokens, positions, slots, tables, *, cfg, b
     """One step of B sequences that drafts a token of each with the MTP module and verifies it in the same pass of the model.
 
     behind: what the MTP module has not seen, two tokens a sequence: {"tokens", "positions", "slots", "rows" [2B] int32, "at"
-    [B] int32, "into" [2B]: rows for the hidden states of this step}. Token j of a sequence is the one that follows the position of its hidden state, which lies in rows[j] of
-    cache["hidden"]; ``at`` is the last that is real, from which the draft follows. tokens: [B], the last of each sequence;
-    positions, slots: [2B] int32, of it and of the draft; tables: [B, M].
+    [B] int32, "into" [2B]: rows for the hidden states of this step}. Token j of a sequence is the one that follows the position
+    of its hidden state, which lies in rows[j] of cache["hidden"]; ``at`` is the last that is real, from which the draft follows.
+    tokens: [B], the last of each sequence; positions, slots: [2B] int32, of it and of the draft; tables: [B, M].
     Returns (drafts [B] int32, the likeliest ids [2B] int32 after the token and after its draft, logits [2B, W] float32). The
     draft counts when it is the token chosen in its place (arXiv 2211.17192 with a draft that is certain).
     """

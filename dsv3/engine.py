@@ -30,6 +30,7 @@ from .transform import Bound, bind, jit, rebind
 from .tree import tree_map
 
 LEAST_PREFILL, LEAST_CHUNK = 32, 16  # tokens of the smallest graphs
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class Engine:
     A request is admitted, in order of arrival, once there are blocks for all it may become, so that no one who has begun is
     ever put back.
 
-    mesh: this process is one rank of it and params are its slices (``parallel.stages.own``); heads, ffn, vocabulary and experts are
-    cut as ``rules`` say, ``parallel.make_rules()`` by default. Every rank is asked the same in the same order and answers the
+    mesh: this process is one rank of it and params are its slices (``parallel.stages.own``); heads, ffn, vocabulary and experts
+    are cut as ``rules`` say, ``parallel.make_rules()`` by default. Every rank is asked the same in the same order and answers the
     same; requests that are drawn need a seed. Raises ValueError for settings that do not fit together.
     """
 
@@ -127,7 +128,7 @@ class Engine:
         self._counts = dict.fromkeys(("prompt_tokens", "reused_tokens", "generated_tokens", "steps", "drafted", "accepted"), 0)
 
     # -- requests ------------------------------------------------------------------------------------------------------
-    def submit(self, prompt: Sequence[int], sampling: Sampling = Sampling()) -> int:
+    def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> int:
         """The number of a new request to continue ``prompt``. The continuation ends at max_length at the latest.
 
         Raises ValueError for a prompt that is empty, has an id outside of the vocabulary, fills max_length, or could with its
@@ -265,8 +266,8 @@ class Engine:
             positions[b] = np.arange(s.cached, s.cached + n)
             slots[b] = self._slots(s, positions[b])
         if not self.speculative:
-            nothing = np.zeros(B, np.int32)
-            found = _Results(*self._extend(tokens, positions[:, 0], slots[:, 0], tables, np.arange(B, dtype=np.int32), nothing, nothing))
+            every, nothing = np.arange(B, dtype=np.int32), np.zeros(B, np.int32)
+            found = _Results(*self._extend(tokens, positions[:, 0], slots[:, 0], tables, every, nothing, nothing))
             return [event for b, s in enumerate(ready) for event in self._after(s, found, [b])]
         drafts, ids, logits = self._speculate(self._behind(ready, B), tokens, positions.reshape(-1), slots.reshape(-1), tables)
         drafts, found, events = drafts.asnumpy(), _Results(ids, logits), []
@@ -357,8 +358,8 @@ class _Results:
 def _graphs(bound: Bound, cfg: Config, block_size: int, mtp: bool, fused: bool) -> tuple[Callable, Callable, Callable]:
     """``decode``'s functions over bound params and cache."""
     def prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows):
-        return decode.prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows, cfg=cfg, block_size=block_size,
-                              mtp=mtp, fused=fused)
+        return decode.prefill(params, cache, tokens, positions, slots, segments, last, ahead, rows, cfg=cfg,
+                              block_size=block_size, mtp=mtp, fused=fused)
 
     def extend(params, cache, tokens, positions, slots, tables, last, ahead, rows):
         return decode.extend(params, cache, tokens, positions, slots, tables, last, ahead, rows, cfg=cfg, block_size=block_size,

@@ -5,7 +5,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-
 from .config import Config
 from .data.tokenizer import Tokenizer
 from .engine import Engine

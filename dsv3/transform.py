@@ -205,9 +205,11 @@ def bind(*trees: Any) -> Bound:
     """
     leaves: dict[int, Any] = {}
     literals = tuple(literal(tree, leaves, f"bound tree {i}", letter="p") for i, tree in enumerate(trees))
-    parameters = {f"p{i}": ms.Parameter(Tensor(np.zeros(1), dtype=tensor.dtype), name=f"bound{next(_numbers)}", requires_grad=False)
-                  for i, tensor, _ in leaves.values()}
-    bound = Bound(literals, parameters)
+
+    def empty(dtype: Any) -> Any:
+        return ms.Parameter(Tensor(np.zeros(1), dtype=dtype), name=f"bound{next(_numbers)}", requires_grad=False)
+
+    bound = Bound(literals, {f"p{i}": empty(tensor.dtype) for i, tensor, _ in leaves.values()})
     rebind(bound, *trees)
     return bound
 

@@ -15,10 +15,11 @@ from dsv3.kernels import latent
 from dsv3.model import forward
 from dsv3.transform import bind, jit
 
-BLOCK, TINY = 4, dsv3.TINY.replace(vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
-                                   num_attention_heads=3, q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=6,
-                                   v_head_dim=14, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2,
-                                   initializer_range=0.2, max_position_embeddings=4096)
+BLOCK = 4
+TINY = dsv3.TINY.replace(vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
+                         num_attention_heads=3, q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=6,
+                         v_head_dim=14, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2,
+                         initializer_range=0.2, max_position_embeddings=4096)
 YARN = Yarn(factor=4.0, original_max_position_embeddings=32, beta_fast=32, beta_slow=1, mscale=0.8, mscale_all_dim=1.0)
 
 
@@ -106,8 +107,9 @@ class Decoder:
     def fresh(self, prompts):
         """Logits of every token of prompts that are packed into one row."""
         positions = [np.arange(len(p)) for p in prompts]
-        flat = [np.concatenate(x).astype(np.int32) for x in
-                (prompts, positions, [self.slots(i, p) for i, p in enumerate(positions)], [np.full(len(p), i) for i, p in enumerate(prompts)])]
+        slots = [self.slots(i, p) for i, p in enumerate(positions)]
+        segments = [np.full(len(p), i) for i, p in enumerate(prompts)]
+        flat = [np.concatenate(x).astype(np.int32) for x in (prompts, positions, slots, segments)]
         n = len(flat[0])
         logits = self._prefill(*flat, np.arange(n, dtype=np.int32), flat[0], np.zeros(n, np.int32))[1].asnumpy()
         return np.split(logits, np.cumsum([len(p) for p in prompts])[:-1])
@@ -123,7 +125,8 @@ class Decoder:
 
 
 @pytest.mark.parametrize("fused, changes", [
-    (True, {}), (False, {}), (True, {"rope_scaling": YARN, "rope_theta": 100.0}), (False, {"rope_scaling": YARN, "rope_theta": 100.0}),
+    (True, {}), (False, {}),
+    (True, {"rope_scaling": YARN, "rope_theta": 100.0}), (False, {"rope_scaling": YARN, "rope_theta": 100.0}),
     (True, {"q_lora_rank": None, "n_shared_experts": None, "norm_topk_prob": False}),
     (True, {"scoring_func": "softmax", "topk_method": "greedy", "n_shared_experts": 2}),
 ], ids=["plain", "composed", "yarn", "yarn composed", "no q_lora, none shared", "softmax, greedy"])
@@ -166,7 +169,8 @@ def test_sizes_of_the_cache():
     assert decode.bytes_per_token(dsv3.V3) == 61 * 576 * 4
     assert 128 * (128 + 64 + 128) / 576 == pytest.approx(71.1, abs=0.1)  # expanded keys and values, beside it
     cache = decode.make_cache(TINY, blocks=5, block_size=4, rows=2, max_length=9, mtp=True)
-    assert [p.shape for p in cache["layers"]] == [(20, 18)] * 4 and cache["hidden"].shape == (6, 32) and cache["cos"].shape == (9, 3)
+    assert [p.shape for p in cache["layers"]] == [(20, 18)] * 4
+    assert cache["hidden"].shape == (6, 32) and cache["cos"].shape == (9, 3)
     with pytest.raises(ValueError, match="drafts need an MTP module"):
         decode.make_cache(TINY.replace(num_nextn_predict_layers=0), blocks=5, block_size=4, rows=2, max_length=9, mtp=True)
     with pytest.raises(ValueError, match="dtype='int8'"):

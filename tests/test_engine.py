@@ -22,8 +22,8 @@ from dsv3.transform import compile_count
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN = np.load(GOLDENS / "generate.npz")
 CFG = dsv3.TINY.replace(vocab_size=53, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-                        num_attention_heads=2, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
-                        n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, initializer_range=0.3)
+                        num_attention_heads=2, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4,
+                        v_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def test_greedy_text_of_transformers(case):
 def test_company_changes_nothing(params, engine):
     """Requests that come and go, with drafts or without, get the text they get alone: greedy and drawn."""
     prompts = prompts_of(0, 12)
-    samplings = [Sampling(max_new_tokens=10, temperature=1.0 * (i % 2), top_p=0.9, repetition_penalty=1.2 if i % 3 == 0 else 1.0, seed=i,
-                          ignore_eos=True) for i in range(12)]
+    samplings = [Sampling(max_new_tokens=10, temperature=1.0 * (i % 2), top_p=0.9, seed=i, ignore_eos=True,
+                          repetition_penalty=1.2 if i % 3 == 0 else 1.0) for i in range(12)]
     alone = []
     for prompt, sampling in zip(prompts, samplings):
         request = engine.submit(prompt, sampling)
@@ -284,7 +284,8 @@ def test_params_that_were_trained_on():
 
     cfg, optimizer = CFG, dsv3.adamw(learning_rate=0.1)
     params = dsv3.init(cfg, seed=9)
-    step, state, batch = dsv3.make_train_step(cfg, optimizer), optimizer.init(params), {"tokens": np.array([[5, 6, 7, 8, 9, 10]] * 2)}
+    step, state = dsv3.make_train_step(cfg, optimizer), optimizer.init(params)
+    batch = {"tokens": np.array([[5, 6, 7, 8, 9, 10]] * 2)}
 
     def write(tree):
         return generate(tree, [[5, 6, 7]], cfg=cfg, max_new_tokens=8)

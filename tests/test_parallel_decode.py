@@ -33,8 +33,9 @@ def test_processes_together_write_what_one_device_writes(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     msrun = shutil.which("msrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
-    command = [msrun, "--worker_num=4", "--local_worker_num=4", f"--master_port={port}", f"--log_dir={tmp_path / 'log'}", "--join=True",
-               str(HERE / "decode_worker.py"), "data=2,model=2,expert=2", json.dumps(CHANGES), json.dumps(PROMPTS), str(NEW), str(tmp_path)]
+    command = [msrun, "--worker_num=4", "--local_worker_num=4", f"--master_port={port}", f"--log_dir={tmp_path / 'log'}",
+               "--join=True", str(HERE / "decode_worker.py"), "data=2,model=2,expert=2", json.dumps(CHANGES),
+               json.dumps(PROMPTS), str(NEW), str(tmp_path)]
     environment = os.environ | {  # msrun starts "python" and does not set the path
         "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),

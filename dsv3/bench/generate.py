@@ -32,7 +32,7 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     p.add_argument("--new", type=int, default=64, help="tokens to add to each")
     p.add_argument("--rounds", type=int, default=5, help="generations of each side and batch, after one of warm-up")
     p.add_argument("--threads", type=int, default=2, help="CPUs of each side, the same ones")
-    p.add_argument("--peer", metavar="PYTHON", help="an interpreter with torch and transformers; default: this one, if it has them")
+    p.add_argument("--peer", metavar="PYTHON", help="a Python with torch and transformers; default: this one, if it has them")
     return p
 
 
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if cfg.num_nextn_predict_layers:
             sides["drafts"] = start([*own, json.dumps(settings | {"speculative": True})], folder)
         if has_peer:
-            sides["transformers"] = start([args.peer or sys.executable, str(HERE / "generate_hf.py"), json.dumps(settings)], folder,
-                                          {"OMP_NUM_THREADS": str(args.threads)})
+            theirs = [args.peer or sys.executable, str(HERE / "generate_hf.py"), json.dumps(settings)]
+            sides["transformers"] = start(theirs, folder, {"OMP_NUM_THREADS": str(args.threads)})
         try:
             facts, found = {name: answer(side) for name, side in sides.items()}, {}
             for batch in args.batches:
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         finally:
             for side in sides.values():
                 stop(side)
-    return {"model": args.checkpoint or args.config, "prompt_length": args.prompt_length, "new": args.new, "threads": args.threads,
-            "machine": machine(), "sides": facts, "batches": found}
+    return {"model": args.checkpoint or args.config, "prompt_length": args.prompt_length, "new": args.new,
+            "threads": args.threads, "machine": machine(), "sides": facts, "batches": found}
 
 
 def _prepare(args: argparse.Namespace, folder: Path) -> Any:
@@ -92,7 +92,8 @@ def _prepare(args: argparse.Namespace, folder: Path) -> Any:
         params = init(cfg)
         prompts = rng.integers(2, cfg.vocab_size, (max(args.batches), args.prompt_length)).tolist()
     save(folder / "own", params, cfg=cfg)
-    to_hf({k: v for k, v in params.items() if k != "mtp"}, cfg.replace(num_nextn_predict_layers=0), folder / "hf", dtype="float32")
+    main = {k: v for k, v in params.items() if k != "mtp"}
+    to_hf(main, cfg.replace(num_nextn_predict_layers=0), folder / "hf", dtype="float32")
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return cfg
 

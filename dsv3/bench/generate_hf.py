@@ -34,7 +34,8 @@ def main(s):
         import torch
         import transformers
     except ImportError as error:
-        raise SystemExit(f"{sys.executable}: {error}; the peer needs torch and transformers: give the path of a Python that has them") from None
+        raise SystemExit(f"{sys.executable}: {error}; the peer needs torch and transformers: give the path of a Python that "
+                         f"has them") from None
     torch.set_num_threads(s["threads"])
     model = transformers.DeepseekV3ForCausalLM.from_pretrained(os.path.join(s["folder"], "hf"), dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
@@ -44,8 +45,8 @@ def main(s):
     def generate(n, new):
         clock, ids, cpu = Clock(), prompts[:n], time.process_time()
         began = time.perf_counter()
-        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0,
-                               streamer=clock)
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
+                               pad_token_id=0, streamer=clock)
         first, ended = clock.times[1], clock.times[-1]
         return {"first": first - began, "rate": n * (new - 1) / (ended - first), "cpu": time.process_time() - cpu,
                 "new": found[:, ids.shape[1]:].tolist(), "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

@@ -27,6 +27,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
     p.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0")
     p.add_argument("--speculative", action="store_true", help="draft with the model's MTP module: the same text, sooner")
+    p.add_argument("--quantize", choices=("w8a16", "w8a8"), help="round the weights, or weights and activations, to int8")
     p.set_defaults(run=run)
 
 
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
     """Load and continue, or talk."""
     from ..data import load_tokenizer
     from ..engine import Engine
+    from ..quant import quantize
     from ..sampling import Sampling
 
     if args.prompt is None and not args.chat:
@@ -108,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
     if args.tokenizer is None and place is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json; give one with --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer or place)
+    params = quantize(params, cfg, args.quantize) if args.quantize else params
     engine = Engine(params, cfg, max_batch=1, max_length=args.max_length, speculative=args.speculative,
                     eos_token_ids=_eos(tokenizer))
     if not args.chat:

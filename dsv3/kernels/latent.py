@@ -111,7 +111,8 @@ def _check_attention(q, w, cos, positions, tables, pool, H, block_size):
     n, C, R = q[0], w[0], 2 * cos[1]
     if pool[1] != C + R or q[1] % H or w[1] % H or q[1] // H <= R or positions != (n,) or n % tables[0]:
         raise ValueError(f"latent_attention with {H} heads: expected q [n, H(N+R)], w [C, H(N+V)], cos [L, R/2], positions [n], "
-                         f"tables [B, M] with B dividing n, pool [S, C + R], found {q}, {w}, {cos}, {positions}, {tables}, {pool}")
+                         f"tables [B, M] with B dividing n, pool [S, C + R], found {q}, {w}, {cos}, {positions}, {tables}, "
+                         f"{pool}")
     if pool[0] % block_size:
         raise ValueError(f"latent_attention: a pool of {pool[0]} rows is not made of blocks of {block_size}")
 
