@@ -8,8 +8,8 @@ Planted faults this file was seen to catch, one at a time: the bytes of a word i
 left out, or that of another tile, row or expert; a row with infinity let through; sums in float32; the hidden row not rounded;
 gate and up exchanged; a scale over positive weights alone, or over all experts; numbers cut off, not rounded; exclusions ignored;
 wkv_b quantised; an unknown pattern accepted; a gradient let through; int8 widened at the entry of a graph; wo, or the shared
-w_down, with another's scale in a decoded block; in the reference one scale for all tokens; for Ascend no scale of the tokens, or of
-the experts; in the measurement labels that are not shifted, and a median that is none.
+w_down, with another's scale in a decoded block; in the reference one scale for all tokens; for Ascend no scale of the tokens,
+or of the experts; in the measurement labels that are not shifted, and a median that is none.
 """
 import json
 import os

@@ -65,7 +65,8 @@ def test_log_probabilities():
 
 
 @pytest.mark.parametrize("field, value", [("max_new_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")),
-                                          ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0),
+                                          ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("min_p", -0.1),
+                                          ("repetition_penalty", 0.0),
                                           ("repetition_penalty", float("inf")), ("seed", -1), ("logprobs", -2)])
 def test_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"^{field}="):

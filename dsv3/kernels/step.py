@@ -73,7 +73,8 @@ def _zeros(n):
 def _options(cfg):
     limited, biased = cfg.topk_method != "greedy", cfg.topk_method == "noaux_tc"
     groups = (cfg.n_group, cfg.topk_group) if limited else (1, 1)
-    return Tensor(np.array([*groups, biased, cfg.scoring_func == "sigmoid", cfg.norm_topk_prob, cfg.num_experts_per_tok], np.int32))
+    return Tensor(np.array([*groups, biased, cfg.scoring_func == "sigmoid", cfg.norm_topk_prob, cfg.num_experts_per_tok],
+                           np.int32))
 
 
 @functools.cache
