@@ -1,7 +1,9 @@
 """Prefill and decode over the latent cache against the training forward, and the cache's kernels against a float64 oracle.
 
 Planted faults this file was seen to catch, one at a time:
-PLANTED
+a key of the future in the reference; a token that does not see itself, every sequence with the first one's table, and keys
+turned by their place in the batch, in C++; a latent cached before its norm; weights with the bias in a decoded block; packed
+prompts that see each other.
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
 """Sampling against transformers' own processors, against what was asked, and against statistics.
 
 Planted faults this file was seen to catch, one at a time:
-PLANTED
+min_p of the sum in place of the highest; top_p without the id that reaches it; a draw that forgets its place; a penalty
+that makes negative logits likelier.
 """
 
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_greedy_takes_the_first_of_equals_after_the_penalty():
     assert choose(logits, Sampling(), 0, 0) == 1
     assert choose(logits, Sampling(repetition_penalty=1.1), 0, 0, {1, 2}) == 3
     assert choose(-logits, Sampling(repetition_penalty=3.0), 0, 0, {4, 0}) == 4  # 1 -> 1/3, still the highest
+    assert choose(np.array([-1.0, -2.0]), Sampling(repetition_penalty=3.0), 0, 0, {0}) == 1  # -1 -> -3: never likelier
     assert choose(logits, Sampling(temperature=2.0, top_k=1), 5, 0) in (1, 2)  # equals of the last that stays stay
 
 
