@@ -1,8 +1,8 @@
-"""AdamW on flat tuples of tensors, in place, and the norm of their gradients: each one operator for a whole
-model.
+"""AdamW on flat tuples of tensors, in place, and the norm of their gradients.
 
-Two implementations: C++ on the CPU (``adamw.cc``) and a composition of MindSpore operators, which is the
-reference and what every other device compiles. To be called in compiled graphs (``ms.jit``).
+Three implementations of the update: C++ on the CPU (``adamw.cc``), one operator for a whole model; Ascend's own, one
+operator a leaf; and a composition of MindSpore operators, the reference, which runs everywhere. To be called in compiled
+graphs (``ms.jit``).
 """
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import functools
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
+from mindspore.ops.auto_generate import AdamW, TensorToScalar
 from mindspore.ops.primitive import constexpr
 
 from dsv3.kernels import native
@@ -54,7 +55,8 @@ def adamw_update(scalars: Tensor, params: tuple, grads: tuple, m: tuple, v: tupl
     overwritten while a gradient still needs its old value. For the same reason read no parameter beside the
     update in the same graph.
 
-    When grad_scale is not finite nothing changes: the way to skip a step whose gradients overflowed.
+    When grad_scale is not finite nothing changes: the way to skip a step whose gradients overflowed. (Ascend's operator
+    then moves the moments, by a part in 2**24: it has no beta of 1.)
 
     Args:
         scalars: [8] float32: lr, beta1, beta2, eps, weight_decay, correction1 = 1 - beta1**step, correction2
@@ -76,6 +78,8 @@ def adamw_update(scalars: Tensor, params: tuple, grads: tuple, m: tuple, v: tupl
     if native.enabled():
         flags, _ = _plan(scalars, params, grads, m, v, decay, masters)
         return _update_op()(scalars, flags, *params, *grads, *m, *v, *masters)
+    if _has_operator(_map(_dtype, m + v)):
+        return _by_operator(scalars, params, grads, m, v, decay, masters)
     return adamw_update_reference(scalars, params, grads, m, v, decay, masters)
 
 
@@ -128,6 +132,53 @@ def _update_leaf(constants, param, grad, m, v, decay, owner):
     if param.dtype != ms.float32:
         done = done + (ops.assign(param, new.astype(param.dtype)),)
     return done
+
+
+# -- Ascend's operator -------------------------------------------------------------------------------------------------
+_adamw, _scalar = AdamW(), TensorToScalar()
+ALMOST_1 = 1 - 2.0**-24  # the highest float32 below 1
+
+
+@constexpr
+def _has_operator(dtypes):
+    """Ascend's wants moments of the weights' dtype, and has no layout under MindSpore's ``shard()``."""
+    modes = ("stand_alone", "data_parallel")
+    return (ms.get_context("device_target") == "Ascend" and all(dtype == ms.float32 for dtype in dtypes)
+            and ms.get_auto_parallel_context("parallel_mode") in modes)
+
+
+def _by_operator(scalars, params, grads, m, v, decay, masters):
+    """``adamw_update`` by aclnnApplyAdamWV2: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p -= lr decay p + lr m / (sqrt(v) +
+    eps), here at a step so high that its own corrections are 1: ours are in lr, eps and decay.
+
+    p -= lr / c1 * m / (sqrt(v) / sqrt(c2) + eps) is p -= (lr sqrt(c2) / c1) * m / (sqrt(v) + eps sqrt(c2)). No chain of
+    composed operators, which MindSpore runs one after another for all leaves, so that it holds three copies of a model.
+    """
+    _, places = _plan(scalars, params, grads, m, v, decay, masters)
+    owners = _map(ops.partial(_take, params + masters), places)
+    scale, root = scalars[7], ops.sqrt(scalars[6])
+    ok = ops.isfinite(scale)
+    rate = ops.where(ok, scalars[0] * root / scalars[5], ops.zeros_like(root))
+    beta1, beta2 = ops.where(ok, scalars[1], ALMOST_1), ops.where(ok, scalars[2], ALMOST_1)
+    numbers = (_scalar(rate), _scalar(beta1), _scalar(beta2), _scalar(scalars[4] * scalars[5] / root), _scalar(scalars[3] * root))
+    done = _map(ops.partial(_operator_leaf, numbers, scale, ok), params, grads, m, v, decay, owners)
+    return ops.depend(scalars[0:1], done)
+
+
+def _operator_leaf(numbers, scale, ok, param, grad, m, v, decay, owner):
+    rate, beta1, beta2, weight_decay, eps = numbers
+    grad = grad.astype(ms.float32) * scale
+    grad = ops.where(ok, grad, ops.zeros_like(scale))
+    weight_decay = weight_decay if decay else 0.0
+    done = _adamw(owner, m, v, v, grad, _late(), rate, beta1, beta2, weight_decay, eps, False, False)
+    if param.dtype != ms.float32:
+        return ops.assign(param, ops.depend(owner, done).astype(param.dtype))
+    return done
+
+
+@constexpr
+def _late():
+    return Tensor(np.full(1, 1e10, np.float32))
 
 
 def _dtype(x):

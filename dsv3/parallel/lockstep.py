@@ -21,11 +21,15 @@ import numpy as np
 
 from . import mindir
 from .groups import group_ranks
+from .lockstep_fused import adamw
 from .lockstep_ops import PRIMITIVES
 from .mindir import DTYPES, Graph, Node, Program, conform
 
 POINT_TO_POINT = {"Send": ("dst_global_rank", "dest_rank"), "Receive": ("src_global_rank", "src_rank")}
-ASSIGNMENTS = {"Assign": lambda old, new: new, "AssignAdd": np.add, "AssignSub": np.subtract}
+ASSIGNMENTS = {  # the new values of the first inputs
+    "Assign": lambda old, new, *_: (new,), "AssignAdd": lambda old, x, *_: (old + x,),
+    "AssignSub": lambda old, x, *_: (old - x,), "AdamW": adamw,
+}
 STRUCTURAL = {"Load", "Depend", "UpdateState", "MakeTuple", "TupleGetItem", "Partial", "Switch", "Return"}
 REDUCTIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
 WORLD = "hccl_world_group"
@@ -99,11 +103,12 @@ def _execute(program: Program, graph: Graph, arguments: Sequence[Any], world: in
         if node.op == "Switch":
             return inputs[1] if bool(plain(inputs[0])) else inputs[2]
         if node.op in ASSIGNMENTS:
-            if not isinstance(inputs[0], Ref):
-                raise TypeError("assigns to what is not a parameter")
-            name, value = inputs[0].name, ASSIGNMENTS[node.op](plain(inputs[0]), plain(inputs[1]))
-            program.params[name] = conform(value, program.types[name])
-            return inputs[0]
+            new = ASSIGNMENTS[node.op](*map(plain, inputs))
+            for target, value in zip(inputs, new):
+                if not isinstance(target, Ref):
+                    raise TypeError("assigns to what is not a parameter")
+                program.params[target.name] = conform(value, program.types[target.name])
+            return inputs[0] if len(new) == 1 else inputs[:len(new)]
         return _arrival(program, node, tuple(map(plain, inputs)), world)
 
     for node in graph.nodes:

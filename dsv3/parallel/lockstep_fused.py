@@ -69,5 +69,16 @@ def _none(*values: Any) -> None:
                          "bias, offset")
 
 
+def adamw(p, m, v, most, grad, step, rate, beta1, beta2, decay, eps, amsgrad, maximize, *_) -> tuple[np.ndarray, ...]:
+    """New p, m and v (arXiv 1711.05101, algorithm 2), as aclnnApplyAdamWV2 has it; scalars as float32."""
+    if amsgrad or maximize:
+        raise ValueError(f"amsgrad={amsgrad}, maximize={maximize}: expected neither, as the model's programs have")
+    rate, beta1, beta2, decay, eps = (np.float32(x) for x in (rate, beta1, beta2, decay, eps))
+    t, one = np.float32(np.asarray(step).reshape(())), np.float32(1)
+    m, v = beta1 * m + (one - beta1) * grad, beta2 * v + (one - beta2) * np.square(grad)
+    new = p - rate * decay * p - rate * (m / (one - beta1**t)) / (np.sqrt(v / (one - beta2**t)) + eps)
+    return new, m, v
+
+
 FUSED = {"FlashAttentionScore": _flash, "FlashAttentionScoreGrad": _flash_grad, "DynamicQuantExt": _dynamic_quant,
          "QuantBatchMatmul": _quant_matmul, "WeightQuantBatchMatmul": _weight_quant_matmul}

@@ -303,7 +303,7 @@ ELEMENTWISE: dict[str, Callable] = {
     "SqrtGrad": lambda out, dout: dout / out * np.float32(0.5), "Square": np.square, "Sub": np.subtract, "Subs": np.subtract,
     "Tanh": np.tanh, "TanhGrad": lambda out, dout: dout * (1 - out * out),
     "Cast": lambda x, *_: x, "Identity": lambda x: x, "TensorMove": lambda x: x, "StopGradient": lambda x: x,
-    "TensorToScalar": _int, "ScalarToTensor": lambda x, *_: x, "Contiguous": lambda x: x,
+    "TensorToScalar": lambda x: x.reshape(()).item(), "ScalarToTensor": lambda x, *_: x, "Contiguous": lambda x: x,
 }
 
 PRIMITIVES: dict[str, Callable] = {name: _elementwise(function) for name, function in ELEMENTWISE.items()} | {

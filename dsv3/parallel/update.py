@@ -14,7 +14,6 @@ from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, ops
-from mindspore.ops.primitive import constexpr
 
 from ..config import Config
 from ..kernels.adamw import store
@@ -122,23 +121,13 @@ def make_update(optimizer: Optimizer, cfg: Config, placement: Placement | None, 
         norm = global_norm(grads, shares)
         if zero == 0 or zero == 3:
             return optimizer.apply_(hyper, norm, leaves, grads, m, v, masters, decays), norm
-        owners, cuts, narrow = _owners(_map(_dtype, leaves), shards)
-        old = _map(_own, _map(ops.partial(_take, leaves + masters), owners), cuts)
-        new, done = optimizer.renew_(hyper, norm, old, grads, m, v, decays)
-        done = (done, _map(_hand_on, leaves, new, shards))
-        if narrow:
-            done = (done, _map(store, masters, _map(ops.partial(_take, new), narrow)))
-        return done, norm
+        if masters:  # of all leaves, and a rank's parts already
+            done = optimizer.apply_(hyper, norm, masters, grads, m, v, (), decays)
+            return (done, _map(_hand_on, leaves, _map(ops.partial(_after, done), masters), shards)), norm
+        new, done = optimizer.renew_(hyper, norm, _map(_own, leaves, shards), grads, m, v, decays)
+        return (done, _map(_hand_on, leaves, new, shards)), norm
 
     return update_
-
-
-@constexpr
-def _owners(dtypes, shards):
-    """Where in params + masters each leaf's float32 value is, how that is cut, and which leaves have a master: a part."""
-    narrow = tuple(i for i, dtype in enumerate(dtypes) if dtype != ms.float32)
-    owners = tuple(len(dtypes) + narrow.index(i) if i in narrow else i for i in range(len(dtypes)))
-    return owners, tuple("@" if i in narrow else name for i, name in enumerate(shards)), narrow
 
 
 def _own(x, name):
@@ -163,9 +152,5 @@ def _float32(x):
     return x.astype(ms.float32)
 
 
-def _dtype(x):
-    return x.dtype
-
-
-def _take(leaves, i):
-    return leaves[i]
+def _after(done, x):
+    return ops.depend(x, done)
