@@ -13,6 +13,7 @@ from mindspore.ops.function.grad.grad_func import custom_vjp
 from mindspore.ops.primitive import constexpr
 
 from dsv3.kernels import native
+from dsv3.kernels.native import iota
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -67,14 +68,43 @@ def linear_cross_entropy(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy_reference(logits: Tensor, labels: Tensor) -> Tensor:
-    """``cross_entropy`` composed of MindSpore operators: any device, any float dtype."""
-    wide = logits.astype(ms.float32)
-    shifted = wide - ops.stop_gradient(ops.max(wide, -1, True)[0])
-    log_sum = ops.log(ops.exp(shifted).sum(-1))
+    """``cross_entropy`` composed of MindSpore operators: any device, any float dtype. It keeps the logits as they come and a
+    number a token; the backward makes softmax minus one hot of these."""
+    return _composed(logits, labels)[0]
+
+
+def logits_gradient(logits: Tensor, top: Tensor, total: Tensor, column: Tensor, weight: Tensor, dloss: Tensor) -> Tensor:
+    """(exp(logits - top) / total - weight at the column of the label) * dloss, in the dtype of logits: [tokens, W].
+
+    top, total, dloss: [tokens] float32, the maximum and the sum of exp(logits - top); column: [tokens] int32 from 0 to W - 1;
+    weight: [tokens] float32, 1, or 0 where the label is not among these columns.
+    """
+    e = ops.exp(logits.astype(ms.float32) - top.reshape(-1, 1))
+    place = ops.stack((iota(column.shape[0]), column), 1)
+    return (ops.tensor_scatter_add(e, place, -weight * total) * (dloss / total).reshape(-1, 1)).astype(logits.dtype)
+
+
+@custom_vjp
+def _composed(logits, labels):
+    wide, (column, _) = logits.astype(ms.float32), _kept(labels)
+    top = ops.amax(wide, -1)
+    total = ops.exp(wide - top.reshape(-1, 1)).sum(-1)
+    loss = ops.log(total) - (ops.gather_elements(wide, 1, column.reshape(-1, 1)).reshape(-1) - top)
+    return ops.select(labels >= 0, loss, ops.zeros_like(loss)), top, total
+
+
+def _composed_backward(logits, labels, outputs, doutputs):
+    column, kept = _kept(labels)
+    return logits_gradient(logits, outputs[1], outputs[2], column, kept, doutputs[0] * kept), ops.zeros_like(labels)
+
+
+def _kept(labels):
+    """Labels with 0 for ignored ones, and 1 or 0: whether they count."""
     kept = labels >= 0
-    safe = ops.select(kept, labels, ops.zeros_like(labels))
-    loss = log_sum - ops.gather_elements(shifted, 1, safe.reshape(-1, 1)).reshape(-1)
-    return ops.select(kept, loss, ops.zeros_like(loss))
+    return ops.select(kept, labels, ops.zeros_like(labels)), kept.astype(ms.float32)
+
+
+_composed.defbwd(_composed_backward)
 
 
 def linear_cross_entropy_reference(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:

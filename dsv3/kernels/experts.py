@@ -16,6 +16,7 @@ from . import native
 from .grouped_matmul import grouped_matmul
 from .int8 import int8_experts, integers
 from .native import iota
+from .swiglu import swiglu
 from .topk import count_experts
 
 
@@ -56,7 +57,7 @@ def experts_reference(
     rows_PD = permute(x, order_P, idx.shape[1])
     gate_PF = matmul(rows_PD, w_gate, group_end_E)
     up_PF = matmul(rows_PD, w_up, group_end_E)
-    out_PD = matmul(gate_PF * ops.sigmoid(gate_PF) * up_PF, w_down, group_end_E)
+    out_PD = matmul(swiglu(gate_PF, up_PF), w_down, group_end_E)
     return unpermute(out_PD, order_P, weights)
 
 

@@ -43,7 +43,8 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return (wide * ops.sigmoid(wide) * up.astype(ms.float32)).astype(gate.dtype)
 
 
-def _check(gate, up):
+@constexpr
+def _check(gate, up):  # shapes that a program knows when it runs would make a raise part of the graph
     if gate != up:
         raise ValueError(f"swiglu: expected gate and up of one shape, found {gate} and {up}")
 

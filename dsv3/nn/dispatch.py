@@ -26,6 +26,7 @@ from mindspore.ops.primitive import constexpr
 from ..kernels.experts import experts
 from ..kernels.grouped_matmul import grouped_matmul
 from ..kernels.native import iota
+from ..kernels.swiglu import swiglu
 from ..parallel.shard import all_gather, all_to_all_v, here, on_cpu, part, parts, psum, reduce_scatter
 
 
@@ -121,7 +122,7 @@ def _own_experts(w, x_RD, idx_RK, weights_RK, static):
     expert_P, at_P, counts_E = _copies(idx_RK, w["w_gate"].shape[0], static)
     end_E, x_PD = ops.cumsum(counts_E, 0), ops.gather(x_RD, at_P, 0)
     gate_PF, up_PF = grouped_matmul(x_PD, w["w_gate"], end_E, static), grouped_matmul(x_PD, w["w_up"], end_E, static)
-    out_PD = grouped_matmul(gate_PF * ops.sigmoid(gate_PF) * up_PF, w["w_down"], end_E, static)
+    out_PD = grouped_matmul(swiglu(gate_PF, up_PF), w["w_down"], end_E, static)
     chosen_PK = ops.equal(ops.gather(idx_RK, at_P, 0), expert_P.reshape(-1, 1)).astype(ms.float32)
     weight_P1 = (ops.gather(weights_RK, at_P, 0).astype(ms.float32) * chosen_PK).sum(1, keepdims=True)
     return _add_rows(x_RD, at_P, out_PD.astype(ms.float32) * weight_P1)
