@@ -88,7 +88,21 @@ def unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     T, K = weights.shape
     _, row_of_pair_P = ops.sort(order)
     rows_TKD = ops.gather(rows, row_of_pair_P.astype(ms.int32), 0).reshape(T, K, rows.shape[1])
-    return (rows_TKD.astype(ms.float32) * weights.reshape(T, K, 1)).sum(1).astype(rows.dtype)
+    return weighted(rows_TKD, weights.reshape(T, K, 1)).sum(1).astype(rows.dtype)
+
+
+@custom_vjp
+def weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """rows [..., D] times weights [..., 1] in float32; the backward keeps the rows in their own dtype."""
+    return rows.astype(ms.float32) * weights
+
+
+def _weighted_bwd(rows, weights, out, dout):
+    wide = ops.depend(rows, dout).astype(ms.float32)  # else made early, and kept
+    return (dout * weights).astype(rows.dtype), (dout * wide).sum(-1, keepdims=True)
+
+
+weighted.defbwd(_weighted_bwd)
 
 
 @constexpr

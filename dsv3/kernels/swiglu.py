@@ -82,7 +82,7 @@ def _composed(gate, up):
 
 
 def _composed_backward(gate, up, out, dout):
-    wide, dout = gate.astype(ms.float32), dout.astype(ms.float32)
+    wide, dout = ops.depend(gate, dout).astype(ms.float32), dout.astype(ms.float32)  # else made early, and kept instead of gate
     share = ops.sigmoid(wide)
     silu = wide * share
     return (dout * up.astype(ms.float32) * (share + silu * (1 - share))).astype(gate.dtype), (dout * silu).astype(up.dtype)
