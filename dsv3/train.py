@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import optree
-from mindspore import Tensor, ops
+from mindspore import Tensor, mint, ops
 
 from .config import Config
 from .model import denominators, loss_fn
@@ -156,7 +157,7 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
             return whole(leaves, biases, moments, batch, hyper)
         if not sums:
             sums_like = moments["m"] if placement and placement.rules.zero >= 2 else leaves
-            sums.append(tuple(Tensor.from_numpy(np.zeros(leaf.shape, np.float32)) for leaf in sums_like))
+            sums.append(tuple(mint.zeros(leaf.shape, dtype=ms.float32) for leaf in sums_like))
         found = gradients(leaves, biases, sums[0], split_rows(batch, accumulate, cfg), hyper[8])
         join(sums[0])
         norm = apply(leaves, biases, moments, sums[0], found, hyper, np.zeros(1, np.float32))

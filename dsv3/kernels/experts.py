@@ -88,21 +88,23 @@ def unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     T, K = weights.shape
     _, row_of_pair_P = ops.sort(order)
     rows_TKD = ops.gather(rows, row_of_pair_P.astype(ms.int32), 0).reshape(T, K, rows.shape[1])
-    return weighted(rows_TKD, weights.reshape(T, K, 1)).sum(1).astype(rows.dtype)
+    return weighted_sum(rows_TKD, weights).astype(rows.dtype)
 
 
 @custom_vjp
-def weighted(rows: Tensor, weights: Tensor) -> Tensor:
-    """rows [..., D] times weights [..., 1] in float32; the backward keeps the rows in their own dtype."""
-    return rows.astype(ms.float32) * weights
+def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    """rows [T, K, D], weights [T, K] float32 -> [T, D], summed in float32; the backward keeps the rows in their own dtype."""
+    return (rows.astype(ms.float32) * ops.expand_dims(weights, 2)).sum(1)
 
 
-def _weighted_bwd(rows, weights, out, dout):
-    wide = ops.depend(rows, dout).astype(ms.float32)  # else made early, and kept
-    return (dout * weights).astype(rows.dtype), (dout * wide).sum(-1, keepdims=True)
+def _weighted_sum_bwd(rows, weights, out, dout):
+    dout = ops.expand_dims(dout, 1)
+    drows = (dout * ops.expand_dims(weights, 2)).astype(rows.dtype)
+    wide = ops.depend(rows, drows).astype(ms.float32)  # one float32 copy of all rows after the other
+    return drows, (dout * wide).sum(2)
 
 
-weighted.defbwd(_weighted_bwd)
+weighted_sum.defbwd(_weighted_sum_bwd)
 
 
 @constexpr

@@ -82,7 +82,9 @@ def _composed(gate, up):
 
 
 def _composed_backward(gate, up, out, dout):
-    wide, dout = ops.depend(gate, dout).astype(ms.float32), dout.astype(ms.float32)  # else made early, and kept instead of gate
+    # Without depend the float32 copies would be those of the forward pass, kept instead of gate and up.
+    gate, up, dout = ops.depend(gate, dout), ops.depend(up, dout), dout.astype(ms.float32)
+    wide = gate.astype(ms.float32)
     share = ops.sigmoid(wide)
     silu = wide * share
     return (dout * up.astype(ms.float32) * (share + silu * (1 - share))).astype(gate.dtype), (dout * silu).astype(up.dtype)

@@ -23,7 +23,7 @@ import mindspore as ms
 from mindspore import ops
 from mindspore.ops.primitive import constexpr
 
-from ..kernels.experts import experts, weighted
+from ..kernels.experts import experts, weighted_sum
 from ..kernels.grouped_matmul import grouped_matmul
 from ..kernels.native import iota
 from ..kernels.swiglu import swiglu
@@ -125,7 +125,7 @@ def _own_experts(w, x_RD, idx_RK, weights_RK, static):
     out_PD = grouped_matmul(swiglu(gate_PF, up_PF), w["w_down"], end_E, static)
     chosen_PK = ops.equal(ops.gather(idx_RK, at_P, 0), expert_P.reshape(-1, 1)).astype(ms.float32)
     weight_P1 = (ops.gather(weights_RK, at_P, 0).astype(ms.float32) * chosen_PK).sum(1, keepdims=True)
-    return _add_rows(x_RD, at_P, weighted(out_PD, weight_P1))
+    return _add_rows(x_RD, at_P, weighted_sum(ops.expand_dims(out_PD, 1), weight_P1))
 
 
 def _copies(to_RK, n, static):

@@ -148,14 +148,14 @@ def split(n: int, parts: int, cost: Callable[[int, int, int], float],
     return solve(lambda a, b: a + b, dearest)[1]
 
 
-def best_split(first: Sequence[Cost], layers: Sequence[Cost], last: Sequence[Cost], copy: int, pipe: int,
-               flights: Sequence[tuple[tuple[int, ...], ...]], budget: float,
-               modes: Sequence[int] = (0, 1, 2)) -> tuple[int, ...]:
+def best_split(first: Sequence[Cost], layers: Sequence[Cost], last: Sequence[Cost], more: Sequence[int], pipe: int,
+               flights: Sequence[tuple[tuple[int, ...], ...]], budget: float, modes: Sequence[int] = (0, 1, 2), *,
+               again: bool = False) -> tuple[int, ...]:
     """Layers of each stage such that every stage fits in ``budget`` bytes and the slowest is as fast as can be.
 
-    first, last: what the first and the last stage hold beside layers; copy: bytes of an embedding on the last stage;
+    first, last: what the first and the last stage hold beside layers; more: bytes of each stage beside its parts';
     flights: ``in_flight`` of each stage, for one chunk a stage. A stage's time is three forwards and the least recompute
-    that fits. Raises ValueError with the smallest budget that would do when none fits.
+    that fits; again: four, but on the last. Raises ValueError with the smallest budget that would do when none fits.
     """
     forward, static = [0.0], [0]
     kinds = list(dict.fromkeys(_key(c) for c in layers))
@@ -166,8 +166,9 @@ def best_split(first: Sequence[Cost], layers: Sequence[Cost], last: Sequence[Cos
         for kind in kinds:
             number[kind].append(number[kind][-1] + (kind == _key(c)))
     ends = {s: (*(first if s == 0 else ()), *(last if s == pipe - 1 else ())) for s in range(pipe)}
-    time = {s: 3 * sum(c.forward for c in ends[s]) for s in ends}
-    kept = {s: sum(c.static for c in ends[s]) + (copy if s == pipe - 1 > 0 else 0) for s in ends}
+    passes = {s: 4 if again and s < pipe - 1 else 3 for s in ends}
+    time = {s: passes[s] * sum(c.forward for c in ends[s]) for s in ends}
+    kept = {s: sum(c.static for c in ends[s]) + more[s] for s in ends}
 
     def choices(s: int, i: int, j: int) -> Iterator[tuple[float, int]]:
         counts = ((kind, number[kind][j] - number[kind][i]) for kind in kinds)
@@ -179,7 +180,7 @@ def best_split(first: Sequence[Cost], layers: Sequence[Cost], last: Sequence[Cos
         return base(s, i, j) + next((extra for extra, need in choices(s, i, j) if need <= room), math.inf)
 
     def base(s: int, i: int, j: int) -> float:
-        return time[s] + 3 * (forward[j] - forward[i]) if stays(s, i, j) <= budget else math.inf
+        return time[s] + passes[s] * (forward[j] - forward[i]) if stays(s, i, j) <= budget else math.inf
 
     def stays(s: int, i: int, j: int) -> int:
         return kept[s] + static[j] - static[i]

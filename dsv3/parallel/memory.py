@@ -9,7 +9,9 @@ runtime itself are not in them, so a budget leaves room for these (the reference
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..config import Config
 from ..model import param_specs
@@ -17,6 +19,7 @@ from ..optim import is_state
 from ..spec import DTYPES
 from .mesh import Mesh, divisors
 from .rules import Leaf, Rules, leaves
+from .schedules import chunks_of
 
 MODES = ("none", "selective", "full")
 STATISTICS = 64  # bytes a head and token: Ascend's FlashAttentionScore keeps softmax_max and softmax_sum, 8 float32 each
@@ -59,7 +62,8 @@ class Cost:
     """
 
     weights: int
-    gradients: int
+    gradients: int  # float32, that stay
+    made: int  # of the backward pass, in the dtype of the weights
     state: int
     forward: float
     saved: tuple[int, int, int]
@@ -168,7 +172,7 @@ def saved_bytes(kind: str, cfg: Config, mesh: Mesh, rules: Rules, run: Run) -> d
     - "norms": outputs of the block's two RMSNorms and of q_norm and kv_norm, (2 D + Q + C) / r
     - "inputs": x and x + attention, 2 D / r; the latents before their norms, (Q + C) / r; a float32 1/rms a norm
     - "up": what the MLA up-projections make: q and k after rotation and v, H (2 (N + R) + V) / t
-    - "attention": its output H V / t and the softmax statistics, 64 bytes a head
+    - "attention": its output by heads and by tokens, 2 H V / t, and the softmax statistics, 64 bytes a head
     - "ffn", dense: gate, up and their product, 3 F / t
     - "ffn", MoE: the float32 input and scores of the router, (4 D + 4 E) bytes / r, and 20 bytes a chosen expert; the
       shared expert's 3 F / t; for each pair on this rank (``pairs``) its row, gate, up and product, D + 3 F (F / t when
@@ -192,12 +196,12 @@ def saved_bytes(kind: str, cfg: Config, mesh: Mesh, rules: Rules, run: Run) -> d
         "norms": n * a * (2 * D + Q + C) / r,
         "inputs": n * (a * (2 * D + Q + C) + 4 * (4 if Q else 3)) / r,
         "up": n * a * H * (2 * (N + R) + V) / t,
-        "attention": n * H * (a * V + STATISTICS) / t,
+        "attention": n * H * (a * 2 * V + STATISTICS) / t,
     }
     if kind == "dense":
         return block | {"ffn": n * a * 3 * cfg.intermediate_size / t}
     f = F / mesh.extent(rules.axes("ffn", ("expert",)))
-    routed = pairs(cfg, mesh, rules, run)[0] * a * (D + 3 * f) + n * K * a * D / r
+    routed = pairs(cfg, mesh, rules, run)[0] * a * (2 * D + 3 * f)
     block["ffn"] = n * (4 * D + 4 * E + 20 * K) / r + n * a * 3 * F * cfg.n_shared_experts / t + routed
     return block | {"mtp": n * a * 3 * D / r} | head if kind == "mtp" else block
 
@@ -238,8 +242,43 @@ def _cost(kind: str, held: tuple[Leaf, ...], cfg: Config, mesh: Mesh, rules: Rul
     if rules.zero >= 3:
         gathered += sum(leaf.size * DTYPES[leaf.spec.dtype or run.dtype] for leaf in held)
     working = gathered + _working(kind, cfg, mesh, rules, run)
-    return Cost(weights, gradients, state, forward, tuple(round(total - d) for d in dropped), tuple(again),
+    made = sum(leaf.size * DTYPES[leaf.spec.dtype or run.dtype] for leaf in held if not is_state(leaf.path))
+    return Cost(weights, gradients, made, state, forward, tuple(round(total - d) for d in dropped), tuple(again),
                 tuple(round(working + d) for d in dropped))
+
+
+# -- the peak of this library's own step -------------------------------------------------------------------------------
+def inputs_in_flight(cfg: Config, setting: Any, stage: int, states: Sequence[tuple[int, ...]]) -> int:
+    """Bytes that a stage keeps of micro-batches in flight: the inputs [B, T, D] of its chunks, but of the model's first.
+
+    setting: of ``plan``; states: its ``in_flight``.
+    """
+    mesh, run = setting.mesh, setting.run
+    tokens = run.micro_batch_size * run.seq_length // mesh.extent(setting.rules.axes("residual_seq"))
+    x = tokens * cfg.hidden_size * DTYPES[run.dtype]
+    held = chunks_of(stage, mesh.pipe, setting.virtual, setting.schedule)
+    return max(sum(n * x for n, chunk in zip(state, held) if chunk) for state in states)
+
+
+def backward_bytes(costs: Sequence[Cost], modes: Sequence[int]) -> int:
+    """The most that a chunk's backward pass holds: activations of the parts up to one, what is needed inside that, and the
+    gradients of it and those behind it."""
+    saved, made, most = sum(c.saved[m] for c, m in zip(costs, modes)), 0, 0
+    for cost, mode in zip(reversed(costs), reversed(modes)):
+        made += cost.made
+        most = max(most, saved + cost.working[mode] + made)
+        saved -= cost.saved[mode]
+    return most
+
+
+def update_bytes(held: Sequence[Part], mesh: Mesh, rules: Rules, in_parts: bool) -> int:
+    """What the update holds beside params, state and sums of gradients: gradients in float32 (the sums, when they are not of
+    many graphs), their sums over the ranks that hold copies, and one leaf of them on top."""
+    whole = [leaf for part in held for leaf in part.leaves if not is_state(leaf.path)]
+    sums = 0 if in_parts else sum(4 * leaf.size for leaf in whole)
+    reduced = [4 * leaf.size // leaf.shards for leaf in whole
+               if in_parts or mesh.size // mesh.pipe > math.prod(mesh.extent(cuts) for cuts in leaf.layout)]
+    return sums + sum(reduced) + max(4 * leaf.size // leaf.shards for leaf in whole)
 
 
 def flops(kind: str, cfg: Config, context: int) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config import Config
 from .balance import best_split, choose, deal_evenly, peak
-from .memory import MODES, Part, Run, embedding_copy, parts
+from .memory import MODES, Part, Run, backward_bytes, embedding_copy, inputs_in_flight, parts, update_bytes
 from .mesh import MESHES, Mesh
 from .rules import Rules, make_rules
 from .schedules import bubble, check_schedule, chunks_of, deal, in_flight
@@ -24,6 +24,9 @@ class Setting:
     recompute: one of "none", "selective", "full" for every block; several of these, of which each stage takes what fits
     the budget with the least recomputation ("auto" allows all); or for each stage how many of its blocks are recomputed
     in full. budget: bytes of a rank.
+    kept: False is this library's own step, which keeps of a micro-batch in flight the inputs of its chunks and computes them
+    again (``parallel.pipeline``), and makes float32 gradients of a single micro-batch in the update alone. True are pipelines
+    that keep activations until the backward pass, and float32 gradients all along, as those of the published settings.
     """
 
     mesh: Mesh
@@ -35,6 +38,12 @@ class Setting:
     noop: tuple[int, ...] = ()
     recompute: str | tuple[str, ...] | tuple[int, ...] = "none"
     budget: float | None = None
+    kept: bool = False
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether gradients are summed over several graphs."""
+        return self.kept or self.run.micro_batches > 1 or self.mesh.pipe > 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Stage:
     gradients: int
     state: int
     activations: int  # of all micro-batches in flight
-    working: int
+    working: int  # on top, while a part is differentiated or params are updated
     worst: int  # activations and working bytes when routing sends this rank all that it can
     forward: float
     extra: float
@@ -103,23 +112,27 @@ def plan(cfg: Config, setting: Setting) -> Plan:
         raise ValueError(f"recompute={counts} counts blocks of stages that layers='auto' is to find; give their layers, or modes")
     everything = parts(cfg, mesh, setting.rules, run)
     flights = [in_flight(s, mesh.pipe, virtual, run.micro_batches, schedule) for s in range(mesh.pipe)]
+    waiting = [0 if setting.kept else inputs_in_flight(cfg, setting, s, states) for s, states in enumerate(flights)]
+    if not setting.kept:  # one chunk at a time is differentiated
+        flights = [tuple(tuple(int(i == j) for j in range(len(states[0]))) for i in range(len(states[0]))) for states in flights]
     copy = embedding_copy(everything[0], cfg, setting.rules, run)
-    lengths = _lengths(setting, everything, flights, copy, modes)
+    lengths = _lengths(setting, everything, flights, copy, waiting, modes)
     chunks = _chunks(everything, lengths, cfg.num_hidden_layers)
     worst = {p.name: p.cost for p in parts(cfg, mesh, setting.rules, dataclasses.replace(run, load=inf))}
     return Plan(cfg, setting, lengths, tuple(
-        _stage(s, setting, chunks, flights[s], copy, modes, counts[s] if counts else None, worst) for s in range(mesh.pipe)))
+        _stage(s, setting, chunks, flights[s], copy, waiting[s], modes, counts[s] if counts else None, worst)
+        for s in range(mesh.pipe)))
 
 
 def balance(cfg: Config, mesh: Mesh, budget: float, *, rules: Rules | None = None, run: Run | None = None, schedule: str = "1f1b",
-            virtual: int = 1, modes: Sequence[str] = MODES) -> Plan:
+            virtual: int = 1, modes: Sequence[str] = MODES, kept: bool = False) -> Plan:
     """The split into stages and the recompute of each that fit ``budget`` bytes a rank and make the slowest stage fastest.
 
     Exact for one chunk a stage (1F1B and GPipe). With several, layers are dealt by ``deal_evenly`` without regard to memory,
     and then each stage takes the least recompute that fits. modes: the recompute modes that may be used.
     """
     return plan(cfg, Setting(mesh, rules or make_rules(), run or Run(micro_batches=mesh.pipe), schedule, virtual, "auto", (),
-                             tuple(modes), budget))
+                             tuple(modes), budget, kept))
 
 
 def _recompute(setting: Setting) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -140,7 +153,7 @@ def _recompute(setting: Setting) -> tuple[tuple[int, ...], tuple[int, ...] | Non
     return tuple(sorted({MODES.index(n) for n in names})), None
 
 
-def _lengths(setting: Setting, everything: tuple[Part, ...], flights: list, copy: int,
+def _lengths(setting: Setting, everything: tuple[Part, ...], flights: list, copy: int, waiting: list[int],
              modes: tuple[int, ...]) -> tuple[int, ...]:
     """Layers of every chunk."""
     L = sum(p.name.startswith("layers.") for p in everything)
@@ -156,7 +169,8 @@ def _lengths(setting: Setting, everything: tuple[Part, ...], flights: list, copy
     first, layers, last = costs[:1], costs[1:1 + L], costs[1 + L:]
     if setting.layers == "auto":
         if setting.schedule in ("1f1b", "gpipe"):
-            return best_split(first, layers, last, copy, pipe, flights, setting.budget, modes)
+            more = [w + (copy if s == pipe - 1 > 0 else 0) for s, w in enumerate(waiting)]
+            return best_split(first, layers, last, more, pipe, flights, setting.budget, modes, again=not setting.kept)
         ends = [0.0] * chunks
         ends[0] += sum(c.forward for c in first)
         ends[-1] += sum(c.forward for c in last)
@@ -181,35 +195,47 @@ def _chunks(everything: tuple[Part, ...], lengths: tuple[int, ...], L: int) -> l
 
 
 def _stage(index: int, setting: Setting, chunks: list[tuple[Part, ...]], states: tuple[tuple[int, ...], ...], copy: int,
-           modes: tuple[int, ...], count: int | None, worst: dict) -> Stage:
+           waiting: int, modes: tuple[int, ...], count: int | None, worst: dict) -> Stage:
     """One stage with its recompute chosen and its numbers added up."""
     which = chunks_of(index, setting.mesh.pipe, setting.virtual, setting.schedule)
     mine = tuple(chunks[c] for c in which)
     copied = copy if len(chunks) - 1 in which and 0 not in which else 0
-    held = [p.cost for chunk in mine for p in chunk]
-    static = copied + sum(c.static for c in held)
+    copy_weights = chunks[0][0].cost.weights if copied else 0  # the rest of the copy are gradients
+    held, costs = [p for chunk in mine for p in chunk], {p.name: p.cost for c in mine for p in c}
+    weights, state = sum(p.cost.weights for p in held) + copy_weights, sum(p.cost.state for p in held)
+    gradients = sum(p.cost.gradients for p in held) + copied - copy_weights if setting.in_parts else 0
+    static = weights + state + gradients
+    made = 0 if setting.kept else max((sum(p.cost.made for p in chunk) for chunk in mine), default=0)
+    update = 0 if setting.kept else update_bytes(held, setting.mesh, setting.rules, setting.in_parts)
     if count is not None:
         chosen = _first_blocks(mine, count, index)
     else:
-        room = inf if setting.budget is None else setting.budget - static
+        room = inf if setting.budget is None else setting.budget - static - waiting - made
         found = choose([[p.cost for p in chunk] for chunk in mine], states, room, modes)
-        if found is None:
+        if found is None or (setting.budget is not None and static + update > setting.budget):
             lean = choose([[p.cost for p in chunk] for chunk in mine], states, inf, modes[-1:])[1]
-            need = static + _bytes(mine, lean, states, {p.name: p.cost for c in mine for p in c})[0]
+            need = static + max(update, waiting + made + _bytes(mine, lean, states, costs)[0])
             raise ValueError(f"stage {index} ({_names(mine)}) needs {need / 1e9:.2f} GB with recompute {MODES[modes[-1]]}, "
                              f"{static / 1e9:.2f} GB of it params, gradients and state; the budget is "
                              f"{setting.budget / 1e9:.2f} GB: raise it, move layers away, or use more ranks or ZeRO")
         chosen = found[1]
-    needed, saved = _bytes(mine, chosen, states, {p.name: p.cost for c in mine for p in c})
+
+    def peaks(costs: dict) -> tuple[int, int]:
+        """Bytes at the peak beside those that stay, and activations alone."""
+        needed, saved = _bytes(mine, chosen, states, costs)
+        if not setting.kept:
+            needed = max(backward_bytes([costs[p.name] for p in chunk], ms) for chunk, ms in zip(mine, chosen))
+        return max(needed + waiting, update), saved + waiting
+
+    needed, saved = peaks(costs)
     share = 0.5 if setting.schedule == "dualpipe" else 1  # each of its chunks runs half of the micro-batches
-    copy_weights = chunks[0][0].cost.weights if copied else 0  # the rest of the copy are gradients
     if setting.budget is not None and count is not None and static + needed > setting.budget:
         raise ValueError(f"stage {index} ({_names(mine)}) needs {(static + needed) / 1e9:.2f} GB with {count} blocks recomputed; "
                          f"the budget is {setting.budget / 1e9:.2f} GB: raise it, or recompute more blocks")
-    return Stage(index, mine, chosen, states, copied, sum(c.weights for c in held) + copy_weights,
-                 sum(c.gradients for c in held) + copied - copy_weights, sum(c.state for c in held), saved, needed - saved,
-                 _bytes(mine, chosen, states, worst)[0], share * sum(c.forward for c in held),
-                 share * sum(p.cost.extra[m] for chunk, ms in zip(mine, chosen) for p, m in zip(chunk, ms)))
+    again = 0.0 if setting.kept else sum(p.cost.forward for c, chunk in zip(which, mine) for p in chunk if c < len(chunks) - 1)
+    return Stage(index, mine, chosen, states, copied, weights, gradients, state, min(saved, needed), needed - min(saved, needed),
+                 peaks(worst)[0], share * sum(p.cost.forward for p in held),
+                 share * (again + sum(p.cost.extra[m] for chunk, ms in zip(mine, chosen) for p, m in zip(chunk, ms))))
 
 
 def _bytes(chunks: tuple, modes: tuple, states: tuple, costs: dict) -> tuple[int, int]:
@@ -250,21 +276,22 @@ _MINDSPORE = dict(sequence_parallel=True, vocab_parallel=False, zero=1, zero_axe
 SETTINGS = {
     # MindSpore Transformers r1.5, research/deepseek3, and its yaml files: use_seq_parallel, vocab_emb_dp, parallel optimiser,
     # expert_model_parallel 1. Its offset counts the MTP block as a layer of the last stage.
-    "1b": Setting(MESHES["1b"], make_rules(experts="whole", **_MINDSPORE), Run(micro_batches=4), layers=(2, 1)),
+    "1b": Setting(MESHES["1b"], make_rules(experts="whole", **_MINDSPORE), Run(micro_batches=4), layers=(2, 1),
+                  kept=True),
     "4layer": Setting(MESHES["4layer"], make_rules(experts="extend", shard_size=4, **_MINDSPORE), Run(micro_batches=8),
-                      layers=(2, 1)),
+                      layers=(2, 1), kept=True),
     "671b": Setting(MESHES["671b"], make_rules(experts="whole", **_MINDSPORE), Run(micro_batches=32), layers=(*[4] * 15, 1),
-                    recompute=(3, *[4] * 12, 3, 2, 0), budget=55 * 2**30),
+                    recompute=(3, *[4] * 12, 3, 2, 0), budget=55 * 2**30, kept=True),
     # MindSpeed-LLM's scripts: distributed optimiser, moe-tp-extend-ep, dualpipev, batches of 3840 and 8 rows; --reuse-fp32-param
     # would save 2 more bytes of state an element
     "mindspeed": Setting(MESHES["mindspeed"], make_rules(sequence_parallel=True, experts="extend", zero=1),
-                         Run(micro_batches=240), "dualpipev", 2, noop=(61, 62, 63), recompute="full"),
+                         Run(micro_batches=240), "dualpipev", 2, noop=(61, 62, 63), recompute="full", kept=True),
     "mindspeed-1node": Setting(MESHES["mindspeed-1node"], make_rules(zero=1), Run(micro_batches=2), "dualpipev", 2, noop=(0,),
-                               recompute="full"),
+                               recompute="full", kept=True),
     # the report, sections 3.2 and 3.3: ZeRO-1, DualPipe, bfloat16 moments, norms and MLA up-projections recomputed; 15360 rows
     # of 4096 on 128 data ranks. Its FP8 weights and activations are counted as bfloat16 here.
     "paper": Setting(MESHES["paper"], make_rules(zero=1), Run(micro_batches=120, moment_dtype="bfloat16"), "dualpipe",
-                     recompute="selective"),
+                     recompute="selective", kept=True),
 }
 MODELS = {"1b": "V3_1B", "4layer": "V3_4LAYER", "mindspeed-1node": "V3_16EXPERTS", "671b": "V3", "mindspeed": "V3", "paper": "V3"}
 

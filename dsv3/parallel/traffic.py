@@ -11,8 +11,8 @@ way round, so all but what is marked * is sent once more in the backward pass.
   choices* and weights, 4 K bytes a row each, and scatters the sums of as many, for t tokens on each of e ranks; the unequal
   exchanges count for nothing here, because their rows depend on the data, but their 4 e^2 bytes of counts* do.
 - router: the choices* and scores of whole rows for load* and balance loss, 4 n K and 4 n E where rows are cut.
-- ends: the embedding's sum, the head's gather, and of a cut vocabulary 4 m for the maximum* and 4 m each for the sum of
-  exponentials and the label's logit.
+- ends: the embedding's sum, the head's gather, and of a cut vocabulary 4 m* each for the maximum, the sum of exponentials, the
+  label's logit and, on the way back, the gradient of the losses.
 - data: the float32 gradient of every leaf, summed over its copies; with ZeRO scattered over those that share it out (level 2 in
   every micro-batch), summed over the others, and the new params gathered.
 - pipeline: m D a / r from stage to stage and back; the gradient of a shared embedding; losses and loads to all stages.
@@ -112,7 +112,7 @@ def traffic(cfg: Config, place: Placement, rows: int, length: int, micro_batches
     def scores(n: int) -> None:
         m = n // context
         both("residual", "AllGather", m * D * a, 1)
-        add("vocab", "AllReduce", 4 * m, 5)
+        add("vocab", "AllReduce", 4 * m, 4)
         add("tokens", "AllReduce", 4, 2)
 
     def chunk_of(chunk: Chunk) -> None:
