@@ -14,18 +14,20 @@ import dsv3
 from dsv3.parallel import Mesh, Pipeline, make_rules
 from dsv3.parallel.shard import Placement
 from dsv3.parallel.stages import held, own
+from dsv3.parallel.update import init_state
 from dsv3.transform import compile_count
 from dsv3.tree import paths
 
 
-def run(mesh, changes, pipeline, accumulate, rows, length, steps, rate):
+def run(mesh, changes, pipeline, accumulate, rows, length, steps, rate, rules=None):
     """(metrics of each step, params by their paths in the whole model, graphs compiled after the first step)."""
     pipeline = {k: tuple(v) if isinstance(v, list) else v for k, v in pipeline.items()}
     mesh, line, cfg, optimizer = Mesh.parse(mesh), Pipeline(**pipeline), dsv3.TINY.replace(**changes), dsv3.adamw(rate)
-    placement = Placement(mesh, make_rules(), get_rank(), line)
+    table = make_rules(**rules or {})
+    placement = Placement(mesh, table, get_rank(), line)
     params = own(dsv3.init(cfg, seed=0), cfg, placement)
-    step, state, metrics = dsv3.make_train_step(cfg, optimizer, mesh=mesh, pipeline=line, accumulate=accumulate), None, []
-    state = optimizer.init(params)
+    step = dsv3.make_train_step(cfg, optimizer, mesh=mesh, rules=table, pipeline=line, accumulate=accumulate)
+    state, metrics = init_state(optimizer, params, held(cfg, placement)[0], placement), []
     n, i, compiled = rows // mesh.data, placement.index("batch"), []
     for seed in range(1, steps + 1):
         tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, (rows, length)).astype(np.int32)

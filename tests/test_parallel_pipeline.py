@@ -43,6 +43,8 @@ PROCESSES = {  # the last stage of one and a middle chunk of the other hold no l
     "dualpipev": {"mesh": "pipe=2", "pipeline": {"schedule": "dualpipev", "virtual": 2, "layers": [1, 1, 0, 0]},
                   "changes": {}, "accumulate": 4},
     "dp2 pp2": {"mesh": "data=2,pipe=2", "pipeline": {"layers": [2, 0]}, "changes": {}, "accumulate": 2},
+    "dp2 ep2 pp2, ZeRO-2": {"mesh": "data=2,pipe=2,expert=2", "pipeline": {"layers": [2, 1]}, "changes": {"num_hidden_layers": 3},
+                            "accumulate": 2, "rules": {"zero": 2}},
 }
 
 
@@ -199,12 +201,12 @@ def compare(name, case, found, specs, wanted, final):
     assert set(seen.values()) == {ranks}
 
 
-@pytest.mark.parametrize("name", ["dualpipev", pytest.param("dp2 pp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n.startswith("dp2") else ()) for n in PROCESSES])
 def test_processes_together_make_the_step_of_one_device(tmp_path, name):
     case = RUN | PROCESSES[name] | {"changes": TINY | PROCESSES[name]["changes"]}
     size = Mesh.parse(case["mesh"]).size
     launch(tmp_path, {name: case}, size)
-    cfg, wanted, final = on_one_device(**{k: v for k, v in case.items() if k not in ("mesh", "pipeline")})
+    cfg, wanted, final = on_one_device(**{k: v for k, v in case.items() if k not in ("mesh", "pipeline", "rules")})
     told = [json.loads((tmp_path / f"{name}_{rank}.json").read_text()) for rank in range(size)]
     assert [t["compiled again"] for t in told] == [0] * size
     found = [(t["metrics"], np.load(tmp_path / f"{name}_{rank}.npz")) for rank, t in enumerate(told)]

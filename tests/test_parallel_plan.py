@@ -23,7 +23,8 @@ from dsv3.parallel.plan import MODELS, SETTINGS, Setting, balance, draw, plan, s
 from dsv3.parallel.rules import leaves, make_rules
 from dsv3.parallel.schedules import SCHEDULES, check_schedule, chunks_of
 
-BIG = Setting(MESHES["671b"], make_rules(zero=1, sequence_parallel=True), Run(micro_batches=32), layers=(*[4] * 15, 1))
+BIG = Setting(MESHES["671b"], make_rules(zero=1, sequence_parallel=True), Run(micro_batches=32), layers=(*[4] * 15, 1),
+              kept=True)
 PLANS = {name: plan(PRESETS[MODELS[name]], setting) for name, setting in SETTINGS.items()}
 
 
@@ -61,7 +62,7 @@ def test_all_ranks_together_hold_every_copy_of_every_leaf(name):
 @pytest.mark.parametrize("cfg", [TINY, TINY.replace(num_nextn_predict_layers=2), TINY.replace(num_nextn_predict_layers=0),
                                  TINY.replace(mtp_share_embeddings=False)], ids=["mtp1", "mtp2", "mtp0", "own"])
 def test_small_models_add_up(cfg, pipe):
-    setting = Setting(Mesh(data=4, expert=2, model=2, pipe=pipe), make_rules(zero=1))
+    setting = Setting(Mesh(data=4, expert=2, model=2, pipe=pipe), make_rules(zero=1), kept=True)
     found = [sum(getattr(s, kind) for s in plan(cfg, setting).stages) * 8 for kind in ("weights", "gradients", "state")]
     assert tuple(found) == global_bytes(cfg, setting)
 
@@ -125,13 +126,13 @@ def test_saved_bytes_of_a_block_by_hand():
     kept = {kind: saved_bytes(kind, V3, mesh, rules, run) for kind in ("embed", "dense", "moe", "head", "mtp")}
     a_token = {  # tp 4 with sequence parallelism, bytes
         "norms": 2 * (7168 + 7168 + 1536 + 512) / 4, "inputs": (2 * (7168 + 7168 + 1536 + 512) + 16) / 4,
-        "up": 2 * 32 * (192 + 192 + 128), "attention": 32 * (2 * 128 + 64)}
+        "up": 2 * 32 * (192 + 192 + 128), "attention": 32 * (2 * 2 * 128 + 64)}
     for key, n in a_token.items():
         assert kept["moe"][key] == kept["dense"][key] == kept["mtp"][key] == 4096 * n, key
     assert kept["dense"]["ffn"] == 4096 * 2 * 3 * 18432 / 4
     router, shared = (4 * 7168 + 4 * 256 + 20 * 8) / 4, 2 * 3 * 2048 / 4
-    rows, returned = 8 * 2 * (7168 + 3 * 512), 8 * 2 * 7168 / 4
-    assert kept["moe"]["ffn"] == 4096 * (router + shared + rows + returned)
+    rows = 8 * 2 * (2 * 7168 + 3 * 512)
+    assert kept["moe"]["ffn"] == 4096 * (router + shared + rows)
     assert kept["head"] == {"head": 4096 * (2 * 2 * 7168 / 4 + 4 * 129280 / 4)}
     assert kept["mtp"]["mtp"] == 4096 * 2 * 3 * 7168 / 4 and kept["mtp"]["head"] == kept["head"]["head"]
     assert sum(kept["moe"].values()) == 974_307_328

@@ -34,6 +34,15 @@ def test_processes_that_share_rows_make_the_step_of_one_device(tmp_path):
     assert_equal(tmp_path, mesh, cfg, wanted, final)
 
 
+def test_sequence_parallelism_with_micro_batches_and_selective_recompute(tmp_path):
+    """Norms and up-projections computed again gather the latents again; the sums of two micro-batches are of the whole batch."""
+    mesh, changes = Mesh(model=2), CHANGES | {"num_nextn_predict_layers": 1}
+    cfg = dsv3.TINY.replace(**changes)
+    wanted, final = on_one_device(cfg, accumulate=2)
+    launch(tmp_path, mesh, changes, SP, options={"accumulate": 2, "recompute": "selective"})
+    assert_equal(tmp_path, mesh, cfg, wanted, final)
+
+
 def test_sequence_parallelism_in_lockstep_sends_what_it_must(tmp_path):
     """The programs for Ascend: their numbers, and what they send of the residual stream and the latents, by hand."""
     changes = CHANGES | {"num_hidden_layers": 1, "num_nextn_predict_layers": 1, "q_lora_rank": 40}  # dense, MoE in MTP

@@ -24,12 +24,17 @@ def add(p: argparse.ArgumentParser) -> None:
     g.add_argument("--shard-size", type=int, help="over how many copies --zero shares out; default: all")
     g.add_argument("--experts", choices=("tensor", "extend", "whole"), default="tensor",
                    help="cut each expert over model; spread whole experts over expert * model; or keep them whole over expert")
+    g.add_argument("--dispatch", choices=("gather", "alltoall", "two_level"),
+                   help="how tokens meet their experts; default: what sends the fewest bytes")
+    g.add_argument("--node", type=int, help="how many neighbours of the ranks that share the experts sit in one node, for an "
+                                            "all-to-all in two levels; default: unknown")
     g.add_argument("--sequence-parallel", action="store_true", help="cut rows over model between the parallel products")
     g.add_argument("--no-vocab-parallel", action="store_true", help="copy embedding and head over model")
     g.add_argument("--pipeline", choices=("1f1b", "gpipe", "interleaved", "dualpipev"), default="1f1b",
                    help="the schedule, where the mesh has pipe")
     g.add_argument("--virtual", type=int, default=1, help="chunks of each pipeline stage")
     g.add_argument("--layers", default="even", help="main layers of each stage or chunk, as 16,15,15,15")
+    g.add_argument("--noop-layers", help="positions of no-op layers in an even split, as 61,62,63; default: none")
     g.add_argument("--no-shared-storage", action="store_true",
                    help="the nodes do not share the file system of --out: every node keeps what its own ranks write")
     g.add_argument("--stall-timeout", type=float, default=1800.0, help="seconds without any progress after which the run ends")
@@ -50,14 +55,23 @@ def join(args: argparse.Namespace) -> tuple[Any, Any]:
         return launch.ALONE, None
     mesh = Mesh.parse(args.mesh)
     rules = make_rules(sequence_parallel=args.sequence_parallel, experts=args.experts, zero=args.zero,
-                       vocab_parallel=not args.no_vocab_parallel, shard_size=args.shard_size)
-    layers = args.layers if args.layers == "even" else tuple(int(word) for word in args.layers.split(","))
-    place = Placement(mesh, rules, 0, Pipeline(args.pipeline, args.virtual, layers))
+                       vocab_parallel=not args.no_vocab_parallel, shard_size=args.shard_size, dispatch=args.dispatch,
+                       node=args.node)
+    layers = args.layers if args.layers == "even" else _numbers(args.layers, "--layers")
+    noop = _numbers(args.noop_layers, "--noop-layers") if args.noop_layers else ()
+    place = Placement(mesh, rules, 0, Pipeline(args.pipeline, args.virtual, layers, noop))
     if args.batch_size % (mesh.data * args.accumulate):
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by data={mesh.data} times --accumulate "
                          f"{args.accumulate}; it counts the rows of all ranks together")
     world = launch.start(mesh, shared=not args.no_shared_storage, stalled=args.stall_timeout)
     return world, dataclasses.replace(place, rank=world.rank)
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"{option} {text!r}: expected whole numbers with commas between them, as 61,62,63")
+    return tuple(map(int, words))
 
 
 def rows(placement: Any) -> tuple[int, int]:

@@ -38,10 +38,17 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--experts", choices=("tensor", "extend", "whole"),
                    help="cut each expert over model; spread whole experts over expert * model; or keep them whole over expert"
                         + say + "tensor")
+    p.add_argument("--dispatch", choices=("gather", "alltoall", "two_level"),
+                   help="how tokens meet their experts" + say + "what sends the fewest bytes")
+    p.add_argument("--node", type=int, help="how many neighbours of the ranks that share the experts sit in one node, for an "
+                                            "all-to-all in two levels" + say + "unknown")
     p.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction,
                    help="cut rows over model between the parallel products" + say + "off")
     p.add_argument("--vocab-parallel", action=argparse.BooleanOptionalAction,
                    help="cut embedding and head over model" + say + "on")
+    p.add_argument("--keep-activations", action=argparse.BooleanOptionalAction,
+                   help="keep those of micro-batches in flight, as other pipelines do; this library's keeps the inputs of its "
+                        "stages and computes the rest again" + say + "off")
     p.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="share out among the ranks with copies: 1 the optimiser's "
                                                                   "state, 2 and gradients, 3 and params" + say + "0")
     p.add_argument("--shard-size", type=int, help="over how many copies ZeRO shares out" + say + "all")
@@ -111,7 +118,8 @@ def _simulate(cfg, made, ranks: list[int]) -> None:
     job = {"model": cfg.to_hf(), "mesh": str(mesh), "rows": step.micro_batch_size * step.micro_batches * mesh.data,
            "length": step.seq_length, "accumulate": step.micro_batches, "dtype": step.dtype, "empty": True,
            "pipeline": dataclasses.asdict(line), "rules": _switches(rules) | {
-               "zero": rules.zero, "shard_size": rules.shard_size, "zero_axes": rules.zero_axes},
+               "zero": rules.zero, "shard_size": rules.shard_size, "zero_axes": rules.zero_axes, "dispatch": rules.dispatch,
+               "node": rules.node},
            "recompute": [_number(part.name, cfg) for stage in made.stages for part, mode in stage.blocks if mode == 2]}
     for report in simulate_many("dsv3.cli.rank:record_steps", job, mesh.size, ranks, timeout=3600):
         print("\n" + "\n".join(summary(report)))
@@ -158,6 +166,8 @@ def read_setting(args: argparse.Namespace):
     if args.mesh is not None:
         setting = dataclasses.replace(setting, mesh=Mesh.parse(args.mesh))
     chosen = {name: getattr(args, name) for name in ("schedule", "virtual") if getattr(args, name) is not None}
+    if args.keep_activations is not None:
+        chosen["kept"] = args.keep_activations
     if args.budget is not None:
         chosen["budget"] = read_bytes(args.budget)
     searched = "auto" if chosen.get("budget") and not args.preset else None
@@ -177,7 +187,7 @@ def read_setting(args: argparse.Namespace):
     if any(value is not None for value in asked.values()):
         new = make_rules(**_switches(rules) | {name: value for name, value in asked.items() if value is not None})
         rules = dataclasses.replace(rules, table=new.table)
-    sharing = {"zero": args.zero, "shard_size": args.shard_size}
+    sharing = {"zero": args.zero, "shard_size": args.shard_size, "dispatch": args.dispatch, "node": args.node}
     rules = dataclasses.replace(rules, **{name: value for name, value in sharing.items() if value is not None})
     return dataclasses.replace(setting, rules=rules, **chosen)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config import Config
 from ..model import param_specs
+from ..nn.dispatch import form_by, ranks_visited
 from ..optim import is_state
 from ..spec import DTYPES
 from .mesh import Mesh, divisors
@@ -144,13 +145,23 @@ def leaf_bytes(leaf: Leaf, rules: Rules, run: Run) -> tuple[int, int, int]:
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
+def dispatch(cfg: Config, mesh: Mesh, rules: Rules) -> str | None:
+    """The form of ``nn.dispatch`` that these rules and this model lead to; None where no ranks share the experts."""
+    n, limited = mesh.extent(rules.axes("expert")), cfg.topk_method != "greedy"
+    if n == 1:
+        return None
+    visited = ranks_visited(n, cfg.num_experts_per_tok, cfg.n_group if limited else 1, cfg.topk_group if limited else 1)
+    return form_by(n, visited, rules.dispatch, rules.node)
+
+
 def pairs(cfg: Config, mesh: Mesh, rules: Rules, run: Run) -> tuple[float, int]:
     """(token, expert) pairs that one rank's grouped products see in a micro-batch: (at ``run.load``, at worst).
 
     A rank brings n tokens to the dispatch: those of its rows, or with sequence parallelism or whole experts its part of
     them; each makes K pairs. Let g ranks, with n tokens each, share out E experts. On average a rank receives n * K; at
     worst every token of the g ranks chooses K, or all E / g, experts of one rank: g * n * min(K, E / g). With
-    experts cut over ``model`` the ranks of one cut see the same pairs.
+    experts cut over ``model`` the ranks of one cut see the same pairs. The dispatch that gathers all tokens always has memory
+    for the worst.
     """
     E, K = cfg.n_routed_experts, cfg.num_experts_per_tok
     tokens = run.micro_batch_size * run.seq_length // mesh.context
@@ -160,7 +171,7 @@ def pairs(cfg: Config, mesh: Mesh, rules: Rules, run: Run) -> tuple[float, int]:
     if whole and ("model" in over or "model" in rules.axes("residual_seq")):
         tokens /= mesh.model
     worst = math.ceil(g * tokens * min(K, E // g))
-    return min(run.load * tokens * K, worst), worst
+    return worst if dispatch(cfg, mesh, rules) == "gather" else min(run.load * tokens * K, worst), worst
 
 
 def saved_bytes(kind: str, cfg: Config, mesh: Mesh, rules: Rules, run: Run) -> dict[str, float]:
@@ -207,16 +218,16 @@ def saved_bytes(kind: str, cfg: Config, mesh: Mesh, rules: Rules, run: Run) -> d
 
 
 def _working(kind: str, cfg: Config, mesh: Mesh, rules: Rules, run: Run) -> float:
-    """Bytes of gradients that live at once inside a part: of the larger of attention (q, k, v), ffn (gate, up, product and,
-    for MoE, the pairs' rows) and head (float32 logits)."""
+    """Bytes of gradients that live at once inside a part: of the larger of attention (q, k, v), ffn (gate, up, product; for MoE
+    the pairs' rows, and two float32 copies of them for the weights' gradients) and head (float32 logits)."""
     a, n, t = DTYPES[run.dtype], run.micro_batch_size * run.seq_length // mesh.context, mesh.model
     logits = n * 4 * cfg.vocab_size / mesh.extent(rules.axes("vocab"))
     if kind in ("embed", "head"):
         return logits if kind == "head" else n * a * cfg.hidden_size
     attention = n * a * cfg.num_attention_heads * (2 * cfg.qk_head_dim + cfg.v_head_dim) / t
-    f = cfg.moe_intermediate_size / mesh.extent(rules.axes("ffn", ("expert",)))
-    ffn = (n * a * 3 * cfg.intermediate_size / t if kind == "dense" else
-           pairs(cfg, mesh, rules, run)[0] * a * (cfg.hidden_size + 3 * f))
+    ffn = n * a * 3 * cfg.intermediate_size / t
+    if kind != "dense":
+        ffn = pairs(cfg, mesh, rules, run)[0] * (a + 8) * cfg.hidden_size
     return max(attention, ffn, logits if kind == "mtp" else 0)
 
 

@@ -27,10 +27,10 @@ from collections import Counter
 from math import prod
 
 from ..config import Config
-from ..nn.dispatch import form_by, ranks_visited
 from ..spec import DTYPES, is_spec, is_state
 from ..tree import paths
 from .ir import Collective
+from .memory import dispatch
 from .rules import local_shape, state_shards
 from .schedules import chunks_of
 from .shard import Placement
@@ -97,7 +97,7 @@ def traffic(cfg: Config, place: Placement, rows: int, length: int, micro_batches
 
     def _dispatch(t: int, passes: int, last: int) -> None:
         e = len(place.group("expert"))
-        form = dispatch(cfg, place)
+        form = dispatch(cfg, mesh, rules)
         if form == "gather":
             both("expert", "AllGather", e * t * D * a, passes)
             both("expert", "ReduceScatter", e * t * D * a, last)
@@ -186,16 +186,6 @@ def _once(cfg: Config, place: Placement, in_parts: bool, micro_batches: int, dty
         if name == "embed" and tied:
             add((line[0], line[-1]), "AllReduce", 4 * size // (shards if rules.zero == 2 else 1))
     return found
-
-
-def dispatch(cfg: Config, place: Placement) -> str | None:
-    """The form of ``nn.dispatch`` that these rules and this model lead to; None where no ranks share the experts."""
-    n, rules = len(place.group("expert")), place.rules
-    if n == 1:
-        return None
-    limited = cfg.topk_method != "greedy"
-    visited = ranks_visited(n, cfg.num_experts_per_tok, cfg.n_group if limited else 1, cfg.topk_group if limited else 1)
-    return form_by(n, visited, rules.dispatch, rules.node)
 
 
 def of_program(collectives: tuple[Collective, ...]) -> Traffic:
