@@ -22,6 +22,7 @@ from dsv3.parallel.mesh import MESHES, Mesh
 from dsv3.parallel.plan import MODELS, SETTINGS, Setting, balance, draw, plan, summary, table
 from dsv3.parallel.rules import leaves, make_rules
 from dsv3.parallel.schedules import SCHEDULES, check_schedule, chunks_of
+from dsv3.parallel.simulate import simulate
 
 BIG = Setting(MESHES["671b"], make_rules(zero=1, sequence_parallel=True), Run(micro_batches=32), layers=(*[4] * 15, 1),
               kept=True)
@@ -135,13 +136,13 @@ def test_saved_bytes_of_a_block_by_hand():
     assert kept["moe"]["ffn"] == 4096 * (router + shared + rows)
     assert kept["head"] == {"head": 4096 * (2 * 2 * 7168 / 4 + 4 * 129280 / 4)}
     assert kept["mtp"]["mtp"] == 4096 * 2 * 3 * 7168 / 4 and kept["mtp"]["head"] == kept["head"]["head"]
-    assert sum(kept["moe"].values()) == 974_307_328
+    assert sum(kept["moe"].values()) == 1_360_183_296
 
 
 def test_recompute_modes_of_a_block_by_hand():
     by_kind = {p.kind: p.cost for p in parts(V3, BIG.mesh, BIG.rules, BIG.run)}
     moe, norms, up = by_kind["moe"], 4096 * 8192, 4096 * 32768
-    assert moe.saved == (974_307_328, 974_307_328 - norms - up, 4096 * 2 * 7168 // 4)  # all; less norms and up; x alone
+    assert moe.saved == (1_360_183_296, 1_360_183_296 - norms - up, 4096 * 2 * 7168 // 4)  # all; less norms and up; x alone
     assert moe.working[1] - moe.working[0] == norms + up  # what is recomputed lives while the block is differentiated
     assert moe.working[2] - moe.working[0] == moe.saved[0] - moe.saved[2]
     assert moe.extra == (0, 1024 * 2 * 128 * (512 * 256 + 1536 * 192), moe.forward)
@@ -201,15 +202,15 @@ def test_the_reference_setting_fits_and_the_balance_is_at_least_as_good():
     budget = 55 * 2**30
     reference = PLANS["671b"]
     assert reference.largest.total <= budget and [len(list(s.blocks)) for s in reference.stages] == [4] * 15 + [2]
-    found = balance(V3, MESHES["671b"], budget, rules=SETTINGS["671b"].rules, run=SETTINGS["671b"].run)
+    found = balance(V3, MESHES["671b"], budget, rules=SETTINGS["671b"].rules, run=SETTINGS["671b"].run, kept=True)
     assert found.layers == reference.layers == (4,) * 15 + (1,)
     assert found.largest.total <= budget and found.slowest.flops < reference.slowest.flops
-    assert found.slowest.flops == found.stages[15].flops  # the last layer, MTP and two heads: nothing faster has 1 layer there
+    assert found.slowest.flops < 1.02 * found.stages[15].flops  # the last layer, MTP and two heads
     assert sum(s.extra for s in found.stages) < sum(s.extra for s in reference.stages)
 
 
 def test_a_smaller_budget_is_never_faster():
-    slow = [balance(V3, MESHES["671b"], gb * 1e9, rules=BIG.rules, run=BIG.run).slowest.flops for gb in (26, 30, 40, 60)]
+    slow = [balance(V3, MESHES["671b"], gb * 1e9, rules=BIG.rules, run=BIG.run).slowest.flops for gb in (28, 30, 40, 60)]
     assert slow == sorted(slow, reverse=True) and slow[0] > slow[-1]
 
 
@@ -269,10 +270,10 @@ def test_a_stage_adds_up_its_parts():
     (dict(recompute=(1, 2)), "lists 2 stages, the mesh has pipe=16"),
     (dict(recompute=(5, *[0] * 15)), "5 blocks of stage 0, which holds embed, layers 0-3"),
     (dict(recompute=(-1, *[0] * 15)), "-1 blocks of stage 0"),
-    (dict(recompute=(0,) * 16, budget=30e9), r"stage 0 .* needs 42.73 GB with 0 blocks recomputed; the budget is 30.00 GB"),
+    (dict(recompute=(0,) * 16, budget=30e9), r"stage 0 .* needs 52.29 GB with 0 blocks recomputed; the budget is 30.00 GB"),
     (dict(recompute="none", budget=30e9),
-     r"stage 0 \(embed, layers 0-3\) needs 42.73 GB with recompute none, 9.4. GB of it params"),
-    (dict(layers="auto", recompute="auto", budget=20e9), "no split of 61 layers over 16 stages fits in 20.00 GB.*21.1"),
+     r"stage 0 \(embed, layers 0-3\) needs 52.29 GB with recompute none, 9.4. GB of it params"),
+    (dict(layers="auto", recompute="auto", budget=20e9), "no split of 61 layers over 16 stages fits in 20.00 GB.*23.2"),
     (dict(schedule="zigzag"), "schedule='zigzag'; expected one of 1f1b"),
     (dict(virtual=2), "virtual=2 chunks a stage; schedule='1f1b' has 1"),
     (dict(schedule="interleaved"), "virtual=1 .* has at least 2"),
@@ -324,7 +325,7 @@ def test_command_shows_the_published_setting(capsys):
     assert "1,046 with 682,636,487,424 params" in out  # V3's 671,026,419,200 and MTP's 11,610,068,224
     rows = [line for line in out.splitlines() if re.match(r"\s+\d+  ", line)]
     assert len(rows) == 16 and "4 full" in rows[1] and "layer 60, head, mtp.0" in rows[15]
-    assert "largest stage: 14, 47.53 GB, 11.53 GB below the budget" in out
+    assert "largest stage: 14, 48.07 GB, 10.99 GB below the budget" in out
 
 
 def test_command_finds_a_split_and_draws_it(capsys, tmp_path):
@@ -389,3 +390,42 @@ def test_sizes_are_read():
 def test_drawing_without_a_budget(tmp_path):
     draw(PLANS["1b"], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- against MindSpore's dry run ---------------------------------------------------------------------------------------
+DRY = {"model": "SMALL", "dtype": "bfloat16", "empty": True,  # what a rank is asked to compile, beside the cases'
+       "changes": {"num_hidden_layers": 3, "max_position_embeddings": 16384}}
+# (mesh, rules, tokens of a row, micro-batches, rank): bytes that ``simulate("dsv3.cli.rank:record_steps", ..., level=1)`` said,
+# one row in a micro-batch, with dispatch="gather", without recomputation. test_the_dry_run_says_what_it_said makes them again.
+MEASURED = {
+    ("data=2", (), 1024, 1, 0): 1599945216,
+    ("data=2", (), 2048, 1, 0): 1617754112,
+    ("data=2", (), 8192, 1, 0): 3032510976,
+    ("data=2,model=2", (), 4096, 1, 0): 1138259968,
+    ("data=2,pipe=2", (), 4096, 2, 0): 1132657664,
+    ("data=2,pipe=2", (), 4096, 2, 2): 1371628032,
+    ("data=2,expert=2", (), 2048, 1, 0): 1345393152,
+}
+
+
+def planned(mesh, rules, length, micro, rank):
+    cfg, mesh = PRESETS["SMALL"].replace(**DRY["changes"]), Mesh.parse(mesh)
+    setting = Setting(mesh, make_rules(dispatch="gather", **dict(rules)), Run(seq_length=length, micro_batches=micro))
+    return plan(cfg, setting).stages[mesh.coords(rank)["pipe"]].total
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_the_plan_is_what_the_dry_run_says(case):
+    """Not more than 3 % below, nor 6 % above."""
+    assert 0.97 < planned(*case) / MEASURED[case] < 1.06
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [next(iter(MEASURED))], ids=str)
+def test_the_dry_run_says_what_it_said(case):
+    text, rules, length, micro, rank = case
+    mesh = Mesh.parse(text)
+    job = DRY | {"mesh": text, "rules": {"dispatch": "gather", **dict(rules)}, "rows": mesh.data * micro, "length": length,
+                 "accumulate": micro}
+    report = simulate("dsv3.cli.rank:record_steps", job, mesh.size, rank, level=1, timeout=1500)
+    assert report.device_bytes == pytest.approx(MEASURED[case], rel=0.01)

@@ -43,15 +43,16 @@ def _of_floats(x, w, group_end, tail):
 def _ascend(x, w, group_end, tail):
     """CANN's grouped product; MindSpore differentiates it as two more."""
     real = (iota(x.shape[0]) < group_end[-1]).reshape(-1, 1) if tail else None
+    zero = ops.zeros((1, 1), x.dtype)  # zeros_like would be a constant as large as x
     if tail:  # whose gradient is as undefined as its product
-        x = ops.where(real, x, ops.zeros_like(x))
+        x = ops.where(real, x, zero)
     group_end = group_end.astype(ms.int64)
     if isinstance(w, dict):
         out = grouped_on_ascend(x, w, group_end)
     else:
         out = ops.auto_generate.grouped_matmul_v4([x], [w], group_list=group_end, split_item=3, group_type=0)[0]
     if tail:
-        return ops.where(real, out, ops.zeros_like(out))
+        return ops.where(real, out, zero)
     return out
 
 

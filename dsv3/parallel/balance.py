@@ -155,20 +155,21 @@ def best_split(first: Sequence[Cost], layers: Sequence[Cost], last: Sequence[Cos
 
     first, last: what the first and the last stage hold beside layers; more: bytes of each stage beside its parts';
     flights: ``in_flight`` of each stage, for one chunk a stage. A stage's time is three forwards and the least recompute
-    that fits; again: four, but on the last. Raises ValueError with the smallest budget that would do when none fits.
+    that fits; with again four forwards, but on the last, and the gradients of a backward pass are beside what stays.
+    Raises ValueError with the smallest budget that would do when none fits.
     """
     forward, static = [0.0], [0]
     kinds = list(dict.fromkeys(_key(c) for c in layers))
     number = {kind: [0] for kind in kinds}  # of each kind among the first layers
     for c in layers:
         forward.append(forward[-1] + c.forward)
-        static.append(static[-1] + c.static)
+        static.append(static[-1] + c.static + c.made * again)
         for kind in kinds:
             number[kind].append(number[kind][-1] + (kind == _key(c)))
     ends = {s: (*(first if s == 0 else ()), *(last if s == pipe - 1 else ())) for s in range(pipe)}
     passes = {s: 4 if again and s < pipe - 1 else 3 for s in ends}
     time = {s: passes[s] * sum(c.forward for c in ends[s]) for s in ends}
-    kept = {s: sum(c.static for c in ends[s]) + more[s] for s in ends}
+    kept = {s: sum(c.static + c.made * again for c in ends[s]) + more[s] for s in ends}
 
     def choices(s: int, i: int, j: int) -> Iterator[tuple[float, int]]:
         counts = ((kind, number[kind][j] - number[kind][i]) for kind in kinds)

@@ -63,13 +63,13 @@ class Cost:
     """
 
     weights: int
-    gradients: int  # float32, that stay
-    made: int  # of the backward pass, in the dtype of the weights
+    gradients: int
     state: int
     forward: float
     saved: tuple[int, int, int]
     extra: tuple[float, float, float]
     working: tuple[int, int, int]
+    made: int = 0  # gradients as the backward pass makes them, in the dtype of the weights
 
     @property
     def static(self) -> int:
@@ -254,8 +254,8 @@ def _cost(kind: str, held: tuple[Leaf, ...], cfg: Config, mesh: Mesh, rules: Rul
         gathered += sum(leaf.size * DTYPES[leaf.spec.dtype or run.dtype] for leaf in held)
     working = gathered + _working(kind, cfg, mesh, rules, run)
     made = sum(leaf.size * DTYPES[leaf.spec.dtype or run.dtype] for leaf in held if not is_state(leaf.path))
-    return Cost(weights, gradients, made, state, forward, tuple(round(total - d) for d in dropped), tuple(again),
-                tuple(round(working + d) for d in dropped))
+    return Cost(weights, gradients, state, forward, tuple(round(total - d) for d in dropped), tuple(again),
+                tuple(round(working + d) for d in dropped), made)
 
 
 # -- the peak of this library's own step -------------------------------------------------------------------------------
