@@ -20,6 +20,7 @@ from mindspore import Tensor, ops  # noqa: E402
 from mindspore.graph.api import ms_compile_cache  # noqa: E402
 
 from dsv3.kernels import adamw, native  # noqa: E402
+from dsv3.parallel.lockstep_fused import adamw as operator  # noqa: E402
 
 LR, BETA1, BETA2, EPS, DECAY = 1e-2, 0.9, 0.95, 1e-8, 0.1
 
@@ -253,3 +254,26 @@ def test_misuse_is_refused_with_words():
         norm(x, half)
     with pytest.raises(ValueError, match="at least one"):
         norm()
+
+
+def test_ascends_operator_with_corrections_in_its_settings_is_adamw():
+    """The numbers that ``_by_operator`` gives to aclnnApplyAdamWV2, by that operator's formula; that graphs hand it these
+    numbers is proved by the programs in lockstep (test_parallel_numbers).
+    """
+    rng = np.random.default_rng(0)
+    p, g = rng.standard_normal((2, 64)).astype(np.float32)
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    wanted = np.float64(p), np.float64(m), np.float64(v)
+    for step in range(1, 30):
+        c1, c2 = 1 - BETA1**step, 1 - BETA2**step
+        p, m, v = operator(p, m, v, v, g, adamw.LATE, LR * c2**0.5 / c1, BETA1, BETA2, DECAY * c1 / c2**0.5, EPS * c2**0.5,
+                           False, False)
+        a, b, c = wanted
+        b, c = b + (1 - BETA1) * (g - b), BETA2 * c + (1 - BETA2) * g.astype(np.float64) ** 2
+        wanted = a * (1 - LR * DECAY) - LR / c1 * b / (np.sqrt(c) / c2**0.5 + EPS), b, c
+    for found, expected in zip((p, m, v), wanted):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+    skipped = operator(p, m, v, v, 0 * g, adamw.LATE, 0.0, adamw.ALMOST_1, adamw.ALMOST_1, DECAY, EPS, False, False)
+    np.testing.assert_array_equal(skipped[0], p)
+    for found, expected in zip(skipped[1:], (m, v)):
+        np.testing.assert_allclose(found, expected, rtol=2.0**-22)

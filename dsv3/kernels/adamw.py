@@ -137,6 +137,7 @@ def _update_leaf(constants, param, grad, m, v, decay, owner):
 # -- Ascend's operator -------------------------------------------------------------------------------------------------
 _adamw, _scalar = AdamW(), TensorToScalar()
 ALMOST_1 = 1 - 2.0**-24  # the highest float32 below 1
+LATE = 1e10  # a step at which its corrections are 1, whatever the betas
 
 
 @constexpr
@@ -178,7 +179,7 @@ def _operator_leaf(numbers, scale, ok, param, grad, m, v, decay, owner):
 
 @constexpr
 def _late():
-    return Tensor(np.full(1, 1e10, np.float32))
+    return Tensor(np.full(1, LATE, np.float32))
 
 
 def _dtype(x):
