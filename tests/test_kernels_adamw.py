@@ -5,7 +5,7 @@ Planted faults it was seen to catch:
 weight decay dropped, or applied to every leaf; eps inside the bias
 correction; the correction of v without its root; grad_scale dropped; bfloat16 ties rounded away from zero;
 bfloat16 moments not written back; the norm accumulated in float32; a leaf's last elements left out of the
-norm; the reference not assigning v.
+norm; the reference not assigning v; Ascend's operator decaying without the rate.
 """
 from __future__ import annotations
 

@@ -4,7 +4,9 @@ Planted faults this file was seen to catch, one at a time: state of the router's
 a master of float32 weights; worst routing not bounded by a rank's experts; tokens shared without sequence parallelism;
 up-projections not cut; softmax statistics forgotten; q recomputed without a latent; full recompute that keeps nothing, or whose
 tensors are not in the working bytes; the head of MTP not counted; a tied head without embedding; a copy of the embedding beside
-it; DualPipe counted twice; MTP never recomputed by count; a budget ignored with counts.
+it; DualPipe counted twice; MTP never recomputed by count; a budget ignored with counts; against the dry run: the experts'
+float32 copies and the second form of attention's output left out, sums of gradients over ranks left out of the update, one row
+a pair in place of two.
 """
 import dataclasses
 import re
