@@ -28,9 +28,11 @@ def quantize(params: Any, cfg: Config, mode: str = "w8a16", exclude: Sequence[st
     rounds the activations of every token too, when the graph runs. exclude: patterns of paths that stay as they are, such as
     "*.w_down", "mtp.*" or "layers.0.*"; by default the head. Embedding, router, norms and wkv_b always stay.
 
-    The result goes wherever the model computes without gradients: ``forward``, ``loss_fn``, ``generate``. One leaf at a time is
-    held in float32. Raises ValueError for another mode, a pattern that fits no path, params that do not fit cfg (or are quantised
-    already), and weights that are not finite.
+    The result goes wherever the model computes without gradients: ``forward``, ``loss_fn``, ``generate``, ``Engine``. Checkpoints
+    hold float params: quantise what is loaded, which takes seconds. One leaf at a time is held in float32.
+
+    Raises ValueError for another mode, a pattern that fits no path, params that do not fit cfg (or are quantised already), and
+    weights that are not finite.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
