@@ -28,6 +28,11 @@ def rule(prompt, seed, count):
     return [97 + b % 26 if b % 7 else 32 for b in out[:count]]
 
 
+def expected(text, count, seed=None):
+    """What the stand-in answers to a text prompt."""
+    return BYTE.decode(rule([BYTE.bos_id, *BYTE.encode(text)], seed, count))
+
+
 @dataclasses.dataclass(frozen=True)
 class Event:
     request: int
