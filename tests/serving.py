@@ -79,6 +79,14 @@ def at_rest(url, seconds=10):
         time.sleep(0.02)
 
 
+def at_work(url, count, seconds=20):
+    """Wait until so many sequences run or wait; fails after ``seconds``."""
+    deadline = time.time() + seconds
+    while (m := metrics(url))["dsv3_engine_running"] + m["dsv3_engine_waiting"] < count:
+        assert time.time() < deadline, f"never {count} at work"
+        time.sleep(0.01)
+
+
 def resident(process):
     """Bytes of a process's memory."""
     return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -20,7 +20,7 @@ openai = pytest.importorskip("openai", reason="the service is tested with the op
 pytest.importorskip("fastapi", reason="the service needs the extra 'serve'")
 
 from serve_standin import expected  # noqa: E402
-from serving import at_rest, metrics, post, raw, resident, standin  # noqa: E402
+from serving import at_rest, at_work, metrics, post, raw, resident, standin  # noqa: E402
 
 SLOW = {"prompt": "slow", "max_tokens": 400, "ignore_eos": True}  # about a second of the stand-in
 
@@ -83,10 +83,7 @@ def test_a_client_that_has_gone_frees_its_place_at_once(tmp_path):
 
         for fields in ({"stream": True}, {}):
             running, waiting = hang_up(fields), hang_up(fields)  # four seconds of work each
-            deadline = time.time() + 5
-            while (m := metrics(found.url))["dsv3_engine_running"] + m["dsv3_engine_waiting"] < 2:
-                assert time.time() < deadline
-                time.sleep(0.01)
+            at_work(found.url, 2)
             waiting.close()
             running.close()
             at_rest(found.url, 5)
@@ -154,18 +151,18 @@ def test_a_failing_engine_answers_everyone_and_says_so(tmp_path):
 
 
 def test_sigterm_lets_running_requests_finish(tmp_path):
-    with standin(tmp_path, engine={"delay": 0.005}, limits={"grace": 20}) as found:
+    with standin(tmp_path, engine={"delay": 0.01}, limits={"grace": 60}) as found:
         results = []
         threads = [threading.Thread(target=lambda: results.append(post(found.url, "/v1/completions", SLOW | {"max_tokens": 200})))
                    for _ in range(3)]
         for thread in threads:
             thread.start()
-        while metrics(found.url)["dsv3_engine_running"] < 3:
-            time.sleep(0.01)
+        at_work(found.url, 3)
         found.process.send_signal(signal.SIGTERM)
-        time.sleep(0.4)
-        with pytest.raises(OSError):
-            raw(found.url, "GET", "/health")
+        with pytest.raises(OSError):  # nobody listens, though not from the first moment
+            for _ in range(100):
+                assert raw(found.url, "GET", "/health")[0] in (200, 503)
+                time.sleep(0.05)
         for thread in threads:
             thread.join()
         assert [status for status, *_ in results] == [200] * 3
@@ -181,7 +178,7 @@ def test_sigterm_cuts_what_outlasts_the_grace_time(tmp_path):
         result = []
         thread = threading.Thread(target=lambda: result.append(post(found.url, "/v1/completions", SLOW)))
         thread.start()
-        time.sleep(0.2)
+        at_work(found.url, 2)
         found.process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="shutting down"):
             texts += [part.choices[0].text for part in stream]
