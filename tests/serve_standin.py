@@ -113,10 +113,10 @@ def main(settings):
     from dsv3.serve.worker import Worker
 
     bound = run.bind("127.0.0.1", 0)
-    limits = Limits(**settings.get("limits", {}))
     engine = settings.get("engine", {})
-    worker = Worker(lambda: StandIn(**engine), places=engine.get("max_batch", 4) + limits.queue)
+    worker = Worker(lambda: StandIn(**engine), places=engine.get("max_batch", 4) + settings.get("queue", 64))
     worker.load()
+    limits = Limits(**settings.get("limits", {}))
     service = Service(worker, BYTE, load_chat(BYTE), "standin", limits, settings.get("api_key"), run.is_local(bound))
     run.serve(service, bound, lambda: print(f"ready at {run.address(bound)}", flush=True))
 

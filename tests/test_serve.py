@@ -21,7 +21,7 @@ from serving import at_rest, metrics, post, raw, standin  # noqa: E402
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """A server that all tests with ordinary requests share; at their end nothing is left in it."""
-    with standin(tmp_path_factory.mktemp("serve"), limits={"queue": 100, "choices": 8}) as found:
+    with standin(tmp_path_factory.mktemp("serve"), queue=100, limits={"choices": 8}) as found:
         yield found.url
         at_rest(found.url)
         assert "Traceback" not in found.log.read_text()

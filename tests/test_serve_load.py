@@ -92,8 +92,8 @@ def test_a_client_that_has_gone_frees_its_place_at_once(tmp_path):
 
 # -- limits ------------------------------------------------------------------------------------------------------------
 def test_a_key_a_queue_sizes_and_a_time(tmp_path):
-    limits = {"queue": 1, "seconds": 1.0, "body_bytes": 2000, "prompt_tokens": 100, "new_tokens": 450}
-    with standin(tmp_path, engine={"max_batch": 1, "delay": 0.005}, limits=limits, api_key="sésame") as found:
+    limits = {"seconds": 1.0, "body_bytes": 2000, "prompt_tokens": 100, "new_tokens": 450}
+    with standin(tmp_path, engine={"max_batch": 1, "delay": 0.005}, queue=1, limits=limits, api_key="sésame") as found:
         url = found.url
         for key in (None, "", "sesame", "sésame2"):
             headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
@@ -191,7 +191,7 @@ def test_sigterm_cuts_what_outlasts_the_grace_time(tmp_path):
 def test_the_load_driver_counts_what_is_served_and_what_is_not(tmp_path):
     from dsv3.bench import serve as bench
 
-    with standin(tmp_path, engine={"max_batch": 2}, limits={"queue": 1}) as found:
+    with standin(tmp_path, engine={"max_batch": 2}, queue=1) as found:
         args = argparse.Namespace(url=found.url, clients=[1, 12], requests=24, prompt=20, tokens=20, api_key=None)
         one, many = bench.levels(found.url, args)
         assert (one["served"], one["errors"]) == (24, 0)

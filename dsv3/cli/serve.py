@@ -59,15 +59,17 @@ def run(args: argparse.Namespace) -> int:
     if args.tokenizer is None and place is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json; give one with --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer or place)
+    chat = load_chat(tokenizer)
     if args.quantize:
         from ..quant import quantize
 
         params = quantize(params, cfg, mode=args.quantize)
+    places = args.max_batch + args.max_queue
     limits = Limits(body_bytes=args.max_body, prompt_tokens=args.max_prompt or 1 << 30, new_tokens=args.max_tokens or 1 << 30,
-                    choices=args.max_choices, queue=args.max_queue, seconds=args.timeout, grace=args.grace)
-    worker = Worker(lambda: start(params, cfg, tokenizer, args), places=args.max_batch + args.max_queue)
+                    choices=min(args.max_choices, places), seconds=args.timeout, grace=args.grace)
+    worker = Worker(lambda: start(params, cfg, tokenizer, args), places=places)
     worker.load()
-    service = Service(worker, tokenizer, load_chat(tokenizer), args.model_name or Path(args.checkpoint).resolve().name, limits,
+    service = Service(worker, tokenizer, chat, args.model_name or Path(args.checkpoint).resolve().name, limits,
                       args.api_key or os.environ.get(KEY) or None, server.is_local(bound))
 
     def ready() -> None:

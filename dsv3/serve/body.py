@@ -15,13 +15,12 @@ from .errors import ApiError
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may cost, and how many may wait."""
+    """What one request may cost."""
 
     body_bytes: int = 4 << 20       # of the JSON
     prompt_tokens: int = 1 << 30    # of each prompt; the engine's own length comes on top
     new_tokens: int = 1 << 30       # of each answer
     choices: int = 16               # answers of one request: prompts times n
-    queue: int = 64                 # answers that wait, beside those the engine works on
     seconds: float = 600.0          # from a request's arrival to its last token
     grace: float = 10.0             # that running requests get after SIGTERM
 
