@@ -18,7 +18,7 @@ _HOME = {
     "param_specs": "model", "init": "model", "forward": "model", "loss_fn": "model",
     "jit": "transform", "value_and_grad": "transform",
     "adamw": "optim", "make_train_step": "train", "make_eval_step": "train",
-    "generate": "generate", "Engine": "engine", "Sampling": "sampling", "quantize": "quant",
+    "generate": "generation", "Engine": "engine", "Sampling": "sampling", "quantize": "quant",
     "save": "checkpoint.own", "load": "checkpoint.own", "from_hf": "checkpoint.hf", "to_hf": "checkpoint.hf",
     "Schedule": "schedule", "Piece": "schedule", "constant": "schedule", "cosine": "schedule",
 }

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "sampling": set(),
     "blocks": set(),
     "engine": FOUNDATION | {"blocks", "decode", "sampling"},
-    "generate": FOUNDATION | {"data", "engine", "sampling"},
+    "generation": FOUNDATION | {"data", "engine", "sampling"},
     "quant": {"config", "model", "spec", "tree"},
     "lora": FOUNDATION,
     "checkpoint": FOUNDATION,

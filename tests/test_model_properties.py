@@ -21,7 +21,7 @@ from oracles import model as model_oracle
 
 import dsv3
 from dsv3.checkpoint.names import published, to_published
-from dsv3.generate import generate
+from dsv3.generation import generate
 from dsv3.model import forward, loss_fn
 from dsv3.nn import balance
 from dsv3.nn.router import route
