@@ -358,6 +358,11 @@ def test_options_override_a_preset(capsys):
                  "bfloat16 moments", "residual_seq: context,", "bfloat16 gradients",
                  f"layers of each stage: {'4, ' * 13}3, 3, 3"):
         assert text in out, text
+    _, out, _ = output(capsys, "--preset", "671b", "--dispatch", "two_level", "--node", "4", "--no-keep-activations")
+    assert "; dispatch two_level" in out
+    inputs = float(re.search(r"largest stage: \d+, ([0-9.]+) GB", out)[1])
+    _, out, _ = output(capsys, "--preset", "671b", "--recompute", "none", "--budget", "900GB")
+    assert "; dispatch alltoall" in out and float(re.search(r"largest stage: \d+, ([0-9.]+) GB", out)[1]) > 1.4 * inputs
     _, out, _ = output(capsys, "--preset", "mindspeed", "--noop-layers", "47,62,63")
     assert "layers of each chunk: 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 4, 4, 4, 2" in out
     _, out, _ = output(capsys, "V3_1B", "--mesh", "pipe=3", "--layers", "1,1,1", "--recompute", "1,0,1")

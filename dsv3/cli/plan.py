@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the plan."""
     from ..model import param_specs
     from ..parallel import plan as plans
+    from ..parallel.memory import dispatch
     from ..parallel.rules import leaves
     from .info import find_config
 
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"groups     {'; '.join(_group(setting.mesh, axis) for axis in ('model', 'context', 'expert', 'data', 'pipe'))}")
     rules = setting.rules
     zero = "off" if not rules.zero else f"{rules.zero} over {rules.shard_size or 'all'} copies along {', '.join(rules.zero_axes)}"
-    print(f"rules      {', '.join(f'{name}: {_axes(cuts)}' for name, cuts in rules.table)}; ZeRO {zero}")
+    print(f"rules      {', '.join(f'{name}: {_axes(cuts)}' for name, cuts in rules.table)}; ZeRO {zero}; "
+          f"dispatch {dispatch(cfg, setting.mesh, rules) or 'inside a rank'}")
     step = setting.run
     print(f"step       {step.micro_batches} micro-batches of {step.micro_batch_size} x {step.seq_length} tokens on each of "
           f"{setting.mesh.data} data ranks ({step.micro_batches * step.micro_batch_size * setting.mesh.data:,} rows), "
