@@ -34,6 +34,7 @@ def test_processes_that_share_rows_make_the_step_of_one_device(tmp_path):
     assert_equal(tmp_path, mesh, cfg, wanted, final)
 
 
+@pytest.mark.slow
 def test_sequence_parallelism_with_micro_batches_and_selective_recompute(tmp_path):
     """Norms and up-projections computed again gather the latents again; the sums of two micro-batches are of the whole batch."""
     mesh, changes = Mesh(model=2), CHANGES | {"num_nextn_predict_layers": 1}
