@@ -10,6 +10,7 @@ import numpy as np
 from .tree import paths
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+AT_ONCE = 1 << 20  # numbers drawn together
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,22 @@ def count(specs: Any) -> int:
     return sum(spec.size for _, spec in paths(specs, is_spec))
 
 
-def draw(spec: ParamSpec, path: str, seed: int) -> np.ndarray:
-    """The initial float32 value of one leaf. It depends on the seed and the path alone, not on the rest of the model."""
+def draw(spec: ParamSpec, path: str, seed: int, where: tuple[slice, ...] | None = None) -> np.ndarray:
+    """The initial float32 value of one leaf. It depends on the seed and the path alone, not on the rest of the model.
+
+    where: a part of it, a slice with both ends for each dim. The leaf is drawn up to there, but never held.
+    """
+    where = where or tuple(slice(0, n) for n in spec.shape)
+    out = np.full([s.stop - s.start for s in where], spec.init.value, np.float32)
     if spec.init.std == 0.0:
-        return np.full(spec.shape, spec.init.value, np.float32)
+        return out
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
-    return rng.standard_normal(spec.shape, np.float32) * np.float32(spec.init.std)
+    first, inner = where[0], int(np.prod(spec.shape[1:], dtype=np.int64))
+    step = max(1, AT_ONCE // max(inner, 1))
+    for start in range(0, first.stop, step):  # one stream, in pieces
+        rows = rng.standard_normal((min(step, first.stop - start), *spec.shape[1:]), np.float32)
+        lo = max(first.start - start, 0)
+        if lo < len(rows):
+            at = start + lo - first.start
+            np.multiply(rows[(slice(lo, None), *where[1:])], np.float32(spec.init.std), out=out[at:at + len(rows) - lo])
+    return out

@@ -7,6 +7,8 @@ checksums not compared. One that was not planted: a stage without a router took 
 import json
 import shutil
 import threading
+import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import mindspore as ms
@@ -24,7 +26,7 @@ from dsv3.parallel.rules import make_rules
 from dsv3.parallel.schedules import Pipeline
 from dsv3.parallel.shard import Placement
 from dsv3.parallel.stages import held
-from dsv3.spec import is_spec
+from dsv3.spec import ParamSpec, draw, is_spec, normal
 from dsv3.tree import paths, tree_map_with_path
 
 CFG = dsv3.TINY.replace(**CHANGES | {"num_hidden_layers": 4, "num_nextn_predict_layers": 1})
@@ -291,6 +293,22 @@ def test_slices_of_another_shape_are_refused(saved, tmp_path):
     with pytest.raises(ValueError, match=r"params: head has shape \(64, 128\); this rank's slice"):
         sharded.save_sharded(tmp_path, 1, mine[0] | {"head": params["head"]}, mine[1], META, cfg=CFG, placement=place,
                              gather=lambda number: np.array([number]), node=2, leads=True)
+
+
+def test_a_part_is_drawn_without_the_whole():
+    """Experts of 64 MB: a rank's eighth in a quarter of that, the same numbers whatever is drawn at once."""
+    spec = ParamSpec((16, 1024, 1024), ("expert", "embed", "ffn"), normal(0.02))
+    whole, where = draw(spec, "layers.3.experts.w_up", 5), (slice(6, 8), slice(0, 1024), slice(0, 1024))
+    tracemalloc.start()
+    part = draw(spec, "layers.3.experts.w_up", 5, where)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(part, whole[where])
+    assert part.flags.c_contiguous and part.nbytes == 8 << 20 and peak < 32 << 20, peak
+    small = ParamSpec((50, 33), ("vocab", "embed"), normal(0.02))
+    rng = np.random.default_rng([5, zlib.crc32(b"embed")])
+    expected = rng.standard_normal((50, 33), np.float32) * np.float32(0.02)
+    np.testing.assert_array_equal(draw(small, "embed", 5, (slice(7, 41), slice(3, 9))), expected[7:41, 3:9])
 
 
 def test_drawn_slices_are_those_of_init():

@@ -60,13 +60,13 @@ def parts(cfg: Config, placement: Placement) -> tuple[Part, ...]:
 
 
 def draw_part(cfg: Config, placement: Placement, seed: int, dtype: str) -> Any:
-    """This rank's slices of the params that ``init(cfg, seed, dtype)`` draws, whatever the mesh; one whole leaf at a time."""
+    """This rank's slices of the params that ``init(cfg, seed, dtype)`` draws, whatever the mesh; nobody holds a whole leaf."""
     mine = {p.path: p for p in parts(cfg, placement)}
 
     def leaf(path: str, spec: ParamSpec) -> Tensor:
         part = mine[path]
         where = tuple(slice(*dim) for dim in part.box)
-        return Tensor(np.ascontiguousarray(draw(spec, part.leaf, seed)[where]), dtype=getattr(ms, spec.dtype or dtype))
+        return Tensor(draw(spec, part.leaf, seed, where), dtype=getattr(ms, spec.dtype or dtype))
 
     return tree_map_with_path(leaf, held(cfg, placement)[0])
 

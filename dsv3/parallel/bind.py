@@ -70,8 +70,8 @@ def make_params(specs: Any, placement: Placement, values: Callable[[str, Any, tu
 
 
 def drawn(seed: int) -> Callable:
-    """``values`` of fresh params, equal to those of ``init``. Draws whole leaves: for small models and proofs."""
-    return lambda path, spec, slices: draw(spec, path, seed)[slices]
+    """``values`` of fresh params, equal to those of ``init``."""
+    return lambda path, spec, slices: draw(spec, path, seed, slices)
 
 
 def like(leaf: Parameter, prefix: str, dtype: Any, start: Any = "zeros") -> Parameter:
