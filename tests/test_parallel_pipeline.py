@@ -201,7 +201,8 @@ def compare(name, case, found, specs, wanted, final):
     assert set(seen.values()) == {ranks}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n.startswith("dp2") else ()) for n in PROCESSES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROCESSES)
 def test_processes_together_make_the_step_of_one_device(tmp_path, name):
     case = RUN | PROCESSES[name] | {"changes": TINY | PROCESSES[name]["changes"]}
     size = Mesh.parse(case["mesh"]).size

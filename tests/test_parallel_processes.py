@@ -46,7 +46,8 @@ def launch(folder, mesh, changes, rules=None, documents=False, options=None):
     assert done.returncode == 0, (log.read_text() if log.exists() else done.stdout + done.stderr)[-3000:]
 
 
-@pytest.mark.parametrize("layout", [pytest.param("data=2", marks=pytest.mark.slow), "data=2,model=2,expert=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["data=2", "data=2,model=2,expert=2"])
 def test_processes_together_make_the_step_of_one_device(tmp_path, layout):
     mesh, changes = Mesh.parse(layout), CHANGES | {"num_nextn_predict_layers": 1}
     cfg = dsv3.TINY.replace(**changes)
