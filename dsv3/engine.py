@@ -89,7 +89,7 @@ class Engine:
 
     params: float32 or bfloat16 (on the CPU widened once), or quantised (``dsv3.quantize``). max_batch: sequences that run
     together. max_length: tokens of prompt and continuation together, default cfg.max_position_embeddings, at most 4096.
-    cache_tokens: places in the cache, default max_batch * max_length; block_size: tokens of a block. chunk: tokens of prompts in
+    cache_tokens: places in the cache, by default enough for max_batch of max_length; block_size: tokens of a block. chunk: tokens of prompts in
     one step, a power of two. speculative: draft with the model's MTP module. eos_token_ids: ids that end a text.
     A request is admitted, in order of arrival, once there are blocks for all it may become, so that no one who has begun is
     ever put back.
@@ -115,7 +115,7 @@ class Engine:
         self._placement = None if mesh is None else _placement_on(mesh, rules or make_rules())
         self._chunk, self._eos = chunk, frozenset(eos_token_ids)
         self._width = -(-(max_length + speculative) // block_size)  # blocks of the longest sequence
-        count = 1 + -(-(max_batch * max_length if cache_tokens is None else cache_tokens) // block_size)
+        count = 1 + (max_batch * self._width if cache_tokens is None else -(-cache_tokens // block_size))
         self.blocks = Blocks(count, block_size)
         cache = decode.make_cache(cfg, blocks=count, block_size=block_size, rows=max_batch, max_length=max_length + 1,
                                   mtp=speculative, dtype=str(_ready(params["norm"]).dtype).lower())

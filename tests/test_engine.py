@@ -295,6 +295,17 @@ def test_refused_requests(engine, prompt, sampling, words):
         engine.submit(prompt, Sampling(**sampling))
 
 
+def test_room_for_all_by_default(params):
+    """Sixteen of the greatest length run together, with the place that a draft needs beyond it."""
+    engine = Engine(params, CFG, max_batch=16, max_length=32, block_size=16, speculative=True)
+    requests = [engine.submit(p, Sampling(max_new_tokens=32 - len(p), ignore_eos=True)) for p in prompts_of(3, 16, 20)]
+    engine.step()
+    assert engine.stats.waiting == 0 and engine.stats.running == 16
+    for request in requests:
+        engine.cancel(request)
+    assert engine.stats.free_blocks == engine.stats.blocks == 48
+
+
 def test_refused_settings(params):
     with pytest.raises(ValueError, match="chunk=48; expected a power of two, at least 32"):
         Engine(params, CFG, chunk=48)
