@@ -89,8 +89,8 @@ class Engine:
 
     params: float32 or bfloat16 (on the CPU widened once), or quantised (``dsv3.quantize``). max_batch: sequences that run
     together. max_length: tokens of prompt and continuation together, default cfg.max_position_embeddings, at most 4096.
-    cache_tokens: places in the cache, by default enough for max_batch of max_length; block_size: tokens of a block. chunk: tokens of prompts in
-    one step, a power of two. speculative: draft with the model's MTP module. eos_token_ids: ids that end a text.
+    cache_tokens: places in the cache, by default enough for max_batch of max_length; block_size: tokens of a block. chunk: tokens
+    of prompts in one step, a power of two. speculative: draft with the model's MTP module. eos_token_ids: ids that end a text.
     A request is admitted, in order of arrival, once there are blocks for all it may become, so that no one who has begun is
     ever put back.
 
