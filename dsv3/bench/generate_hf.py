@@ -8,7 +8,8 @@ import resource
 import sys
 import time
 
-from blocks import confine, take_stdout  # beside this file
+from blocks import take_stdout  # beside this file, as the next
+from peer_hf import choose, load
 
 VARIANTS = [f"{experts} + {attention}" for experts in ("eager", "grouped_mm", "batched_mm") for attention in ("sdpa", "eager")]
 
@@ -28,16 +29,8 @@ class Clock:
 
 def main(s):
     out = take_stdout()
-    confine(s["threads"])
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise SystemExit(f"{sys.executable}: {error}; the peer needs torch and transformers: give the path of a Python that "
-                         f"has them") from None
-    torch.set_num_threads(s["threads"])
-    model = transformers.DeepseekV3ForCausalLM.from_pretrained(os.path.join(s["folder"], "hf"), dtype=torch.float32).eval()
+    torch, transformers, model = load(os.path.join(s["folder"], "hf"), s["threads"])
+    model.eval()
     model.generation_config.eos_token_id = None
     with open(os.path.join(s["folder"], "prompts.json")) as file:
         prompts = torch.tensor(json.load(file))
@@ -51,22 +44,22 @@ def main(s):
         return {"first": first - began, "rate": n * (new - 1) / (ended - first), "cpu": time.process_time() - cpu,
                 "new": found[:, ids.shape[1]:].tolist(), "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
-    tried = {}
+    rates, tried = {}, {}
     for variant in VARIANTS * 2:  # the first time loads libraries
-        experts, attention = variant.split(" + ")
         try:
-            model.set_experts_implementation(experts)
-            model.set_attn_implementation(attention)
-            tried[variant] = max(generate(1, 8)["rate"], tried.get(variant, 0))
-        # A variant that this torch cannot run is no candidate.
+            choose(model, variant)
+            rates[variant] = max(generate(1, 8)["rate"], rates.get(variant, 0))
+            tried[variant] = round(rates[variant], 1)
+        # A variant that this torch cannot run is no candidate; its error is kept and printed beside the others.
         except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-            print(variant, error, file=sys.stderr)
-    best = max(tried, key=tried.get)
-    experts, attention = best.split(" + ")
-    model.set_experts_implementation(experts)
-    model.set_attn_implementation(attention)
+            tried[variant] = f"{type(error).__name__}: {str(error)[:200]}"
+            rates.pop(variant, None)
+    if not rates:
+        raise SystemExit(f"no variant of transformers ran: {tried}")
+    best = max(rates, key=rates.get)
+    choose(model, best)
     print(json.dumps({"name": f"transformers {transformers.__version__}, torch {torch.__version__}", "variant": best,
-                      "tried": {k: round(v, 1) for k, v in tried.items()}}), file=out)
+                      "tried": tried}), file=out)
     for line in sys.stdin:
         print(json.dumps(generate(int(line), s["new"])), file=out)
 

@@ -13,12 +13,11 @@ from blocks import confine, serve, take_stdout  # beside this file
 EXPERTS, ATTENTION = ("eager", "grouped_mm", "batched_mm"), ("sdpa", "eager")
 
 
-def main(s):
-    out = take_stdout()
-    confine(s["threads"])
+def load(folder, threads):
+    """(torch, transformers, the model of a checkpoint), on so many CPUs; ends the process where either is missing."""
+    confine(threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        import numpy as np
         import torch
         import transformers
     except ImportError as error:
@@ -26,8 +25,15 @@ def main(s):
             f"{sys.executable}: {error}; the peer needs torch and transformers: give the path of a Python "
             f"that has them"
         ) from None
-    torch.set_num_threads(s["threads"])
-    model = transformers.DeepseekV3ForCausalLM.from_pretrained(s["checkpoint"], dtype=torch.float32)
+    torch.set_num_threads(threads)
+    return torch, transformers, transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def main(s):
+    out = take_stdout()
+    torch, transformers, model = load(s["checkpoint"], s["threads"])
+    import numpy as np
+
     model.train()
     default = f"{model.config._experts_implementation} + {model.config._attn_implementation}"
     rng = np.random.default_rng(0)
