@@ -8,20 +8,10 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-typedef float Vec __attribute__((vector_size(LANES * 4)));
+using Vec = dsv3::Wide;
+constexpr int LANES = dsv3::kWide;
 
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+inline Vec load(const float* p) { return *reinterpret_cast<const dsv3::WideAnywhere*>(p); }
 
 inline float* floats(void* p) { return static_cast<float*>(p); }
 inline int32_t* ints(void* p) { return static_cast<int32_t*>(p); }

@@ -34,7 +34,7 @@ def write_latents(latent, norm, cos, sin, positions, slots, pool, *, eps):
     """
     _check_write(latent.shape, norm.shape, cos.shape, positions.shape, slots.shape, pool.shape)
     if native.enabled():
-        return _write_op()(latent, norm, cos, sin, positions, slots, pool, _number(eps))
+        return _write_op()(latent, norm, cos, sin, positions, slots, pool, numbers(eps))
     return write_latents_reference(latent, norm, cos, sin, positions, slots, pool, eps=eps)
 
 
@@ -68,7 +68,7 @@ def latent_attention(q, w, cos, sin, positions, tables, pool, written, *, num_he
     """
     _check_attention(q.shape, w.shape, cos.shape, positions.shape, tables.shape, pool.shape, num_heads, block_size)
     if native.enabled():
-        return _attention_op()(q, w, cos, sin, positions, tables, pool, _per_head(num_heads, scale), _length(block_size), written)
+        return _attention_op()(q, w, cos, sin, positions, tables, pool, per_head(num_heads, scale), length(block_size), written)
     return latent_attention_reference(q, w, cos, sin, positions, tables, pool, written, num_heads=num_heads, scale=scale,
                                       block_size=block_size)
 
@@ -123,17 +123,17 @@ def _lowest():
 
 
 @constexpr
-def _number(x):
-    return Tensor(np.array([x], np.float32))
+def numbers(*values):
+    return Tensor(np.array(values, np.float32))
 
 
 @constexpr
-def _per_head(num_heads, scale):
+def per_head(num_heads, scale):
     return Tensor(np.full(num_heads, scale, np.float32))  # its length tells the kernel the number of heads
 
 
 @constexpr
-def _length(n):
+def length(n):
     return Tensor(np.zeros(n, np.int32))  # tells the kernel the size of a block
 
 

@@ -12,6 +12,7 @@ from mindspore.ops.primitive import constexpr
 
 from dsv3.kernels import native
 from dsv3.kernels.int8 import operands
+from dsv3.kernels.latent import length, numbers, per_head
 from dsv3.kernels.linear import FEW_ROWS
 
 
@@ -28,13 +29,13 @@ def attention_step(x, norm, params, at, pool, *, num_heads, scale, block_size, e
     w, s, rounds = operands(first[0], first[1], params["wkv_a"], params["wo"])
     return _ops_of("attention")(x, norm, w[0], params["q_norm"] if low_rank else norm, w[1], w[2], params["kv_norm"],
                                 params["wkv_b"], w[3], at["cos"], at["sin"], at["positions"], at["slots"], at["tables"], pool,
-                                _scales(num_heads, scale), _length(block_size), _numbers(eps), s[0], s[1], s[2], s[3], rounds)
+                                per_head(num_heads, scale), length(block_size), numbers(eps), s[0], s[1], s[2], s[3], rounds)
 
 
 def mlp_step(x, norm, params, *, eps):
     """x + ``nn.mlp.mlp`` of RMSNorm(x). x: [n, D]."""
     w, s, rounds = operands(params["w_gate"], params["w_up"], params["w_down"])
-    return _ops_of("mlp")(x, norm, w[0], w[1], w[2], _numbers(eps), s[0], s[1], s[2], rounds)
+    return _ops_of("mlp")(x, norm, w[0], w[1], w[2], numbers(eps), s[0], s[1], s[2], rounds)
 
 
 def moe_step(x, norm, params, *, cfg):
@@ -46,22 +47,7 @@ def moe_step(x, norm, params, *, cfg):
     w, s, rounds = operands(experts["w_gate"], experts["w_up"], experts["w_down"], shared["w_gate"], shared["w_up"],
                             shared["w_down"])
     return _ops_of("moe")(x, norm, router["w"], bias, w[0], w[1], w[2], w[3], w[4], w[5], _options(cfg),
-                          _numbers(cfg.rms_norm_eps, cfg.routed_scaling_factor), s[0], s[1], s[2], s[3], s[4], s[5], rounds)
-
-
-@constexpr
-def _scales(num_heads, scale):
-    return Tensor(np.full(num_heads, scale, np.float32))  # its length tells the kernel the number of heads
-
-
-@constexpr
-def _length(n):
-    return Tensor(np.zeros(n, np.int32))  # tells the kernel the size of a block
-
-
-@constexpr
-def _numbers(*values):
-    return Tensor(np.array(values, np.float32))
+                          numbers(cfg.rms_norm_eps, cfg.routed_scaling_factor), s[0], s[1], s[2], s[3], s[4], s[5], rounds)
 
 
 @constexpr
