@@ -6,20 +6,14 @@ PLANTED
 """
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from cluster import run_ranks
 from decode_worker import texts
 
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.simulate import simulate
 
-HERE = Path(__file__).parent
 CHANGES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
            "num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
            "v_head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2,
@@ -29,22 +23,8 @@ PROMPTS, NEW = [[5, 9, 2, 40], list(range(3, 50)), [7]], 6
 
 def test_processes_together_write_what_one_device_writes(tmp_path):
     """data=2, model=2, expert=2: heads, ffn, vocabulary and experts cut; a prompt in two chunks, drafts, drawn and greedy."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    msrun = shutil.which("msrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
-    command = [msrun, "--worker_num=4", "--local_worker_num=4", f"--master_port={port}", f"--log_dir={tmp_path / 'log'}",
-               "--join=True", str(HERE / "decode_worker.py"), "data=2,model=2,expert=2", json.dumps(CHANGES),
-               json.dumps(PROMPTS), str(NEW), str(tmp_path)]
-    environment = os.environ | {  # msrun starts "python" and does not set the path
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
-        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
-        "MS_NODE_TIMEOUT": "600", "MS_TOPO_TIMEOUT": "600",
-    }
     wanted = texts(None, CHANGES, PROMPTS, NEW, speculative=False)
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-    log = tmp_path / "log" / "worker_0.log"
-    assert done.returncode == 0, (log.read_text() if log.exists() else done.stdout + done.stderr)[-3000:]
+    run_ranks(tmp_path, 4, "decode_worker.py", "data=2,model=2,expert=2", json.dumps(CHANGES), json.dumps(PROMPTS), NEW, tmp_path)
     for rank in range(4):
         assert json.loads((tmp_path / f"rank_{rank}.json").read_text()) == wanted
 

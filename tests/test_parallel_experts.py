@@ -7,15 +7,10 @@ a tensor group seeing to the first part of their tokens.
 import collections
 import functools
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from cluster import run_ranks
 from experts_worker import ROUTES, inputs, run, run_all
 
 import dsv3
@@ -30,7 +25,6 @@ from dsv3.parallel.simulate import simulate_ranks
 from dsv3.spec import is_spec
 from dsv3.tree import paths
 
-HERE = Path(__file__).parent
 CHANGES = {"hidden_size": 16, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
            "moe_intermediate_size": 12, "n_shared_experts": 1}
 EP4, TP2, SP = "data=4,expert=4", "data=2,model=2,expert=2", {"sequence_parallel": True}
@@ -57,19 +51,7 @@ def as_jobs(jobs):
 def folder(tmp_path_factory):
     """Where the ranks left what they found, after all jobs ran in one start of four processes."""
     out = tmp_path_factory.mktemp("experts")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    msrun = shutil.which("msrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
-    command = [msrun, "--worker_num=4", "--local_worker_num=4", f"--master_port={port}", f"--log_dir={out / 'log'}",
-               "--join=True", str(HERE / "experts_worker.py"), json.dumps(as_jobs(JOBS)), json.dumps(CHANGES), str(out)]
-    environment = os.environ | {  # msrun starts "python" and does not set the path
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
-        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
-    }
-    done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, timeout=500)
-    log = out / "log" / "worker_0.log"
-    assert done.returncode == 0, (log.read_text() if log.exists() else done.stdout + done.stderr)[-4000:]
+    run_ranks(out, 4, "experts_worker.py", json.dumps(as_jobs(JOBS)), json.dumps(CHANGES), out)
     return out
 
 

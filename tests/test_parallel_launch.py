@@ -5,14 +5,13 @@ Planted faults this file was seen to catch: connections that end are not noticed
 import json
 import os
 import queue
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cluster
 import pytest
 from test_train_cli import write_home
 
@@ -102,19 +101,12 @@ def command(out, *more):
 
 
 def environment(folder, **more):
-    return os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))} | more
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return cluster.environment(XDG_CACHE_HOME=str(folder / "cache"), **more)
 
 
 def ranks(folder, arguments, count, started, **more):
     """(scheduler, workers): what msrun does, but without its killing of the other ranks when one ends."""
-    shared = dict(MS_WORKER_NUM=str(count), MS_SCHED_HOST="127.0.0.1", MS_SCHED_PORT=free_port(), **more)
+    shared = dict(MS_WORKER_NUM=str(count), MS_SCHED_HOST="127.0.0.1", MS_SCHED_PORT=cluster.free_port(), **more)
     roles = [dict(MS_ROLE="MS_SCHED"), *(dict(MS_ROLE="MS_WORKER", MS_NODE_ID=str(i), DEVICE_ID=str(i)) for i in range(started))]
     processes = []
     for i, role in enumerate(roles):
@@ -151,9 +143,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_under_another_mesh(ho
     assert "rank 0: rank 1 has ended" in text and "step" in text.split("rank 1 has ended")[1], text[-2000:]
 
     arguments = command("broken", "--mesh", "model=2")  # every rank tells its process; one of them is told to stop
-    msrun = shutil.which("msrun", path=environment(home)["PATH"])
-    process = subprocess.Popen([msrun, "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}", "--join=True",
-                                f"--log_dir={home / 'logs'}", *arguments], cwd=home, env=environment(home),
+    process = subprocess.Popen(cluster.msrun(2, home / "logs", *arguments), cwd=home, env=environment(home),
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     done = len(log_of(out))
     second = home / "logs" / "worker_1.log"

@@ -7,16 +7,11 @@ backwards in the order of the forwards.
 """
 import itertools
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from cluster import run_ranks
 
 import dsv3
 from dsv3.checkpoint.leaves import host
@@ -32,7 +27,6 @@ from dsv3.parallel.stages import chunks, held, moe_rows, part_of
 from dsv3.spec import is_spec
 from dsv3.tree import paths, tree_map_with_path
 
-HERE = Path(__file__).parent
 TINY = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96,
         "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         "num_nextn_predict_layers": 1, "aux_loss_alpha": 0.01}
@@ -156,19 +150,7 @@ def test_stages_hold_every_leaf_once_and_the_embedding_where_it_is_read():
 def launch(folder, cases, size):
     """Run the worker on so many ranks."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = str(Path(sys.executable).parent)
-    path = os.pathsep.join((here, os.environ.get("PATH", "")))
-    command = [shutil.which("msrun", path=path), f"--worker_num={size}", f"--local_worker_num={size}", f"--master_port={port}",
-               f"--log_dir={folder / 'log'}", "--join=True", str(HERE / "pipeline_worker.py"), str(folder)]
-    sources = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": sources, "PATH": path,
-                                "MS_NODE_TIMEOUT": "600", "MS_TOPO_TIMEOUT": "600"}  # a stage waits while another compiles
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-    logs = "".join(log.read_text()[-3000:] for log in sorted((folder / "log").glob("worker_*.log")))
-    assert done.returncode == 0, logs or done.stdout + done.stderr
+    run_ranks(folder, size, "pipeline_worker.py", folder)
 
 
 def on_one_device(changes, accumulate, rows, length, steps, rate):

@@ -4,15 +4,10 @@ The CPU's have AllReduce of float32 sums only, so ``parallel.shard`` makes the o
 Planted faults this file was seen to catch: gradients of copies not summed; the objective not divided by the ranks.
 """
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from cluster import run_ranks
 from test_parallel_numbers import CHANGES, LENGTH, RATE, ROWS, STEPS, on_one_device
 
 import dsv3
@@ -22,28 +17,12 @@ from dsv3.parallel.rules import local_slices, make_rules
 from dsv3.spec import is_spec
 from dsv3.tree import paths
 
-HERE = Path(__file__).parent
-
 
 def launch(folder, mesh, changes, rules=None, documents=False, options=None):
     """Run the worker on every rank of a mesh; rules: arguments of ``make_rules``; documents: rows of several; options: of
     ``make_train_step``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    msrun = shutil.which("msrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
-    command = [msrun, f"--worker_num={mesh.size}", f"--local_worker_num={mesh.size}", f"--master_port={port}",
-               f"--log_dir={folder / 'log'}", "--join=True", str(HERE / "parallel_worker.py"), str(mesh), json.dumps(changes),
-               str(ROWS), str(LENGTH), str(STEPS), str(RATE), str(folder), json.dumps(rules or {}), json.dumps(documents),
-               json.dumps(options or {})]
-    environment = os.environ | {  # msrun starts "python" and does not set the path
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
-        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
-        "MS_NODE_TIMEOUT": "600", "MS_TOPO_TIMEOUT": "600",  # one rank may compile for longer than another
-    }
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-    log = folder / "log" / "worker_0.log"
-    assert done.returncode == 0, (log.read_text() if log.exists() else done.stdout + done.stderr)[-3000:]
+    run_ranks(folder, mesh.size, "parallel_worker.py", mesh, json.dumps(changes), ROWS, LENGTH, STEPS, RATE, folder,
+              json.dumps(rules or {}), json.dumps(documents), json.dumps(options or {}))
 
 
 @pytest.mark.slow

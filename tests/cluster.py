@@ -1,0 +1,49 @@
+"""Start the ranks of a cluster of CPUs for a test: msrun, a free port, and what every process said when one fails."""
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PORTS = range(10000, 32768)  # below those that Linux gives to whoever asks for any: such a one may be taken before msrun binds it
+
+
+def free_port():
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                continue  # somebody listens
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue  # somebody else's
+        return str(port)
+
+
+def environment(**more):
+    """The environment of a child: this Python first in the path, because msrun starts "python", and the sources tested here."""
+    return os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))),
+                         "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))} | more
+
+
+def msrun(size, logs, *command):
+    """The arguments of msrun for so many ranks on this node."""
+    found = shutil.which("msrun", path=environment()["PATH"])
+    return [found, f"--worker_num={size}", f"--local_worker_num={size}", f"--master_port={free_port()}", f"--log_dir={logs}",
+            "--join=True", *map(str, command)]
+
+
+def run_ranks(folder, size, script, *arguments, timeout=900):
+    """Run a script of this folder as all ranks of a cluster, to their end. Ranks wait for one that compiles for longer."""
+    patient = environment(MS_NODE_TIMEOUT="600", MS_TOPO_TIMEOUT="600")
+    done = subprocess.run(msrun(size, folder / "log", HERE / script, *arguments), cwd=folder, env=patient, capture_output=True,
+                          text=True, timeout=timeout)
+    if done.returncode:
+        said = {log.name: log.read_text(errors="replace") for log in sorted((folder / "log").glob("*.log"))}
+        said["msrun"] = done.stdout + done.stderr
+        raise AssertionError("\n".join(f"== {name}\n{text[-3000:]}" for name, text in said.items()))
