@@ -10,7 +10,7 @@ import dsv3
 from dsv3.checkpoint import convert, formats
 from dsv3.tree import paths
 
-SHARED = dsv3.TINY.replace(num_hidden_layers=2, vocab_size=64, hidden_size=32, num_nextn_predict_layers=1, n_routed_experts=4,
+SHARED = dsv3.TINY.replace(num_hidden_layers=1, vocab_size=64, hidden_size=32, num_nextn_predict_layers=1, n_routed_experts=4,
                            num_experts_per_tok=2, n_group=1, topk_group=1, aux_loss_alpha=0.0)
 APART = SHARED.replace(mtp_share_embeddings=False)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32)

@@ -38,7 +38,7 @@ RATE = 3e-4  # a larger one magnifies rounding: AdamW divides tiny gradients by 
 LAYOUTS = {
     "tp2": ("model=2", {}, {}),
     "ep2": ("data=2,expert=2", {}, {}),
-    "dp2 tp2 ep2, with MTP": ("data=2,model=2,expert=2", {}, {"num_nextn_predict_layers": 1}),
+    "dp2 tp2 ep2, experts in the MTP": ("data=2,model=2,expert=2", {}, {"num_hidden_layers": 1, "num_nextn_predict_layers": 1}),
     "dp2, ZeRO-1": ("data=2", {"zero": 1}, {}),
 }
 SLOW = ("tp2", "ep2", "dp2, ZeRO-1")  # of which the others are made
@@ -99,6 +99,7 @@ def assert_lockstep(folder, text, rules, changes):
     return reports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text, more", [("data=2", {})])
 def test_the_step_that_python_drives_makes_that_of_one_device(tmp_path, text, more):
     """What the recorded graphs and the Python between them compute, and what they send, exactly as the arithmetic says."""

@@ -22,6 +22,7 @@ from dsv3.parallel.recorded import array_of, replay
 from dsv3.parallel.rules import leaves, local_slices, make_rules
 from dsv3.parallel.shard import Placement
 from dsv3.parallel.simulate import simulate_ranks
+from dsv3.parallel.traffic import of_program, traffic
 from dsv3.parallel.update import check_state
 from dsv3.spec import is_spec
 from dsv3.tree import paths
@@ -97,6 +98,9 @@ def test_lockstep(tmp_path, case):
     job = {"model": "TINY", "mesh": "data=2", "rows": ROWS, "length": LENGTH, "rules": rules, "changes": changes,
            "learning_rate": RATE} | options
     reports = simulate_ranks("dsv3.cli.rank:record_steps", job, mesh.size, keep=tmp_path, export=True)
+    for report in reports:
+        place = Placement(mesh, table, report.rank)
+        assert of_program(report.collectives) == traffic(cfg, place, ROWS // mesh.data, LENGTH, options["accumulate"], "float32")
     for rank, (params, metrics) in enumerate(replay(lambda: run_steps(**job, steps=STEPS), reports)):
         for ours, theirs in zip(metrics, wanted, strict=True):
             np.testing.assert_array_equal(array_of(ours["load"]), theirs["load"])

@@ -36,8 +36,8 @@ def run(home: Path, out: str, *more: str) -> subprocess.CompletedProcess:
 
 
 def write_home(folder: Path) -> None:
-    """A config and a text that take seconds to train on."""
-    cfg = TINY.replace(vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+    """A config, its experts in the MTP module, and a text that take seconds to compile and to train on."""
+    cfg = TINY.replace(vocab_size=258, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
                        moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4,
                        v_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, bos_token_id=None, eos_token_id=None)
     (folder / "config.json").write_text(json.dumps(cfg.to_hf()))
