@@ -90,6 +90,7 @@ LOCKSTEP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LOCKSTEP)
 def test_lockstep(tmp_path, case):
     rules, options, changes = LOCKSTEP[case]
