@@ -176,6 +176,7 @@ def _environment(ranks: int, rank: int, level: int, folder: Path, stand_in: Path
         "RANK_SIZE": str(ranks), "RANK_ID": str(rank), "MS_SIMULATION_LEVEL": str(level), "GLOG_v": "3",
         "PYTHONWARNINGS": "ignore", "MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": str(folder / "ir"),
         "MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_DUMP_IR_CONFIG": "LINE_LEVEL0",  # without a model's source lines
+        "TMPDIR": str(folder),  # it ends without clean-up: what it leaves goes with its folder
     }
     for name in ("MS_DEV_JIT_PIPELINE", "MS_ROLE", "DEVICE_ID", "RANK_TABLE_FILE"):
         environment.pop(name, None)  # left over from a cluster or a CPU run, these would change what is compiled
