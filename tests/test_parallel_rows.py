@@ -24,14 +24,17 @@ from dsv3.transform import jit, value_and_grad
 SP = {"sequence_parallel": True}
 
 
-@pytest.mark.parametrize("more", [{"num_nextn_predict_layers": 1}, pytest.param(
-    {"first_k_dense_replace": 0, "num_nextn_predict_layers": 2}, marks=pytest.mark.slow)], ids=["dense", "experts, two depths"])
-def test_processes_that_share_rows_make_the_step_of_one_device(tmp_path, more):
-    """Context and sequence parallelism together, rows of two documents each with their own positions; experts in the MTP."""
-    mesh, changes = Mesh(context=2, model=2), CHANGES | {"num_hidden_layers": 1} | more
+@pytest.mark.parametrize("mesh, rules, more", [
+    (Mesh(context=2), {}, {"num_nextn_predict_layers": 1}),  # experts in the MTP
+    pytest.param(Mesh(context=2, model=2), SP, {"first_k_dense_replace": 0, "num_nextn_predict_layers": 2},
+                 marks=pytest.mark.slow),
+], ids=["context", "context and sequence, two depths"])
+def test_processes_that_share_rows_make_the_step_of_one_device(tmp_path, mesh, rules, more):
+    """Context parallelism, with sequence parallelism too, of rows of two documents each with their own positions."""
+    changes = CHANGES | {"num_hidden_layers": 1} | more
     cfg = dsv3.TINY.replace(**changes)
     wanted, final = on_one_device(cfg, cut_up, eps=EPSILON)
-    launch(tmp_path, mesh, changes, SP, documents=True)
+    launch(tmp_path, mesh, changes, rules, documents=True)
     assert_equal(tmp_path, mesh, cfg, wanted, final)
 
 
