@@ -5,9 +5,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+FINISHED = "this rank has finished"
 PORTS = range(10000, 32768)  # below those that Linux gives to whoever asks for any: such a one may be taken before msrun binds it
 
 
@@ -38,12 +40,27 @@ def msrun(size, logs, *command):
             "--join=True", *map(str, command)]
 
 
+def finish():
+    """The last call of a rank's script: all ranks have written what they found, and say so."""
+    import numpy as np
+    from mindspore import Tensor, ops
+
+    ops.AllReduce()(Tensor(np.zeros(1, np.float32))).asnumpy()
+    print(FINISHED, flush=True)
+
+
 def run_ranks(folder, size, script, *arguments, timeout=900):
-    """Run a script of this folder as all ranks of a cluster, to their end. Ranks wait for one that compiles for longer."""
+    """Run a script of this folder as all ranks of a cluster, to its ``finish``. Ranks wait for one that compiles for longer.
+
+    Once in hundreds of starts MindSpore's receiving thread reads what its process has freed as it ends, a segmentation fault
+    after the last line of the script: that is a warning.
+    """
     patient = environment(MS_NODE_TIMEOUT="600", MS_TOPO_TIMEOUT="600")
     done = subprocess.run(msrun(size, folder / "log", HERE / script, *arguments), cwd=folder, env=patient, capture_output=True,
                           text=True, timeout=timeout)
+    said = {log.stem: log.read_text(errors="replace") for log in sorted((folder / "log").glob("*.log"))}
+    ended = [rank for rank in range(size) if FINISHED in said.get(f"worker_{rank}", "")]
+    text = "\n".join(f"== {name}\n{text[-3000:]}" for name, text in (said | {"msrun": done.stdout + done.stderr}).items())
+    assert len(ended) == size, f"ranks {ended} of {size} have finished\n{text}"
     if done.returncode:
-        said = {log.name: log.read_text(errors="replace") for log in sorted((folder / "log").glob("*.log"))}
-        said["msrun"] = done.stdout + done.stderr
-        raise AssertionError("\n".join(f"== {name}\n{text[-3000:]}" for name, text in said.items()))
+        warnings.warn(f"msrun: {done.returncode}, after all ranks have finished\n{text}", stacklevel=2)

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from cluster import finish
 from mindspore.communication import init
 
 import dsv3
@@ -37,3 +38,4 @@ if __name__ == "__main__":
     init()
     found = texts(Mesh.parse(layout), json.loads(changes), json.loads(prompts), int(new))
     (Path(folder) / f"rank_{own_rank()}.json").write_text(json.dumps(found))
+    finish()

@@ -10,6 +10,7 @@ import sys
 
 import mindspore as ms
 import numpy as np
+from cluster import finish
 from mindspore import Tensor, ops
 from mindspore.communication import get_rank, init
 
@@ -97,6 +98,7 @@ def main(jobs, changes, folder):
     init("mccl")
     for name, found in run_all(json.loads(jobs), json.loads(changes)).items():
         np.savez(f"{folder}/{name}_{get_rank()}.npz", **found)
+    finish()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 
 import mindspore as ms
 import numpy as np
+from cluster import finish
 from mindspore.communication import get_rank, init
 
 import dsv3
@@ -58,6 +59,7 @@ def main(mesh, changes, rows, length, steps, rate, folder, rules="{}", documents
         json.dump(metrics, file)
     with open(f"{folder}/bytes_{get_rank()}.json", "w") as file:
         json.dump(sizes, file)
+    finish()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mindspore as ms
 import numpy as np
+from cluster import finish
 from mindspore.communication import get_rank, init
 
 import dsv3
@@ -47,6 +48,7 @@ def main(folder):
         metrics, params, more = run(**case)
         np.savez(folder / f"{name}_{get_rank()}.npz", **params)
         (folder / f"{name}_{get_rank()}.json").write_text(json.dumps({"metrics": metrics, "compiled again": more}))
+    finish()
 
 
 if __name__ == "__main__":
