@@ -40,6 +40,18 @@ def msrun(size, logs, *command):
             "--join=True", *map(str, command)]
 
 
+def start():
+    """The first call of a rank's script: join the others. A rank waits for one that compiles for longer; the scheduler, which
+    is never told of a rank that crashes, does not."""
+    import mindspore as ms
+    from mindspore.communication import init
+
+    if os.environ["MS_ROLE"] == "MS_WORKER":
+        os.environ["MS_NODE_TIMEOUT"] = "600"
+    ms.set_device("CPU")
+    init("mccl")
+
+
 def finish():
     """The last call of a rank's script: all ranks have written what they found, and say so."""
     import numpy as np
@@ -50,14 +62,13 @@ def finish():
 
 
 def run_ranks(folder, size, script, *arguments, timeout=900):
-    """Run a script of this folder as all ranks of a cluster, to its ``finish``. Ranks wait for one that compiles for longer.
+    """Run a script of this folder as all ranks of a cluster, from its ``start`` to its ``finish``.
 
     Once in hundreds of starts MindSpore's receiving thread reads what its process has freed as it ends, a segmentation fault
     after the last line of the script: that is a warning.
     """
-    patient = environment(MS_NODE_TIMEOUT="600", MS_TOPO_TIMEOUT="600")
-    done = subprocess.run(msrun(size, folder / "log", HERE / script, *arguments), cwd=folder, env=patient, capture_output=True,
-                          text=True, timeout=timeout)
+    done = subprocess.run(msrun(size, folder / "log", HERE / script, *arguments), cwd=folder, timeout=timeout, text=True,
+                          env=environment(MS_TOPO_TIMEOUT="600"), capture_output=True)
     said = {log.stem: log.read_text(errors="replace") for log in sorted((folder / "log").glob("*.log"))}
     ended = [rank for rank in range(size) if FINISHED in said.get(f"worker_{rank}", "")]
     text = "\n".join(f"== {name}\n{text[-3000:]}" for name, text in (said | {"msrun": done.stdout + done.stderr}).items())

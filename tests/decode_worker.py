@@ -6,8 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from cluster import finish
-from mindspore.communication import init
+from cluster import finish, start
 
 import dsv3
 from dsv3.engine import Engine
@@ -35,7 +34,7 @@ def texts(mesh, changes, prompts, new, rank=None, speculative=True):
 
 if __name__ == "__main__":
     layout, changes, prompts, new, folder = sys.argv[1:]
-    init()
+    start()
     found = texts(Mesh.parse(layout), json.loads(changes), json.loads(prompts), int(new))
     (Path(folder) / f"rank_{own_rank()}.json").write_text(json.dumps(found))
     finish()

@@ -8,11 +8,10 @@ A job: {"name", "mesh", "rules": arguments of make_rules, "route": a name of ROU
 import json
 import sys
 
-import mindspore as ms
 import numpy as np
-from cluster import finish
+from cluster import finish, start
 from mindspore import Tensor, ops
-from mindspore.communication import get_rank, init
+from mindspore.communication import get_rank
 
 import dsv3
 from dsv3.kernels.native import iota
@@ -94,8 +93,7 @@ def record(jobs, changes):
 
 def main(jobs, changes, folder):
     """All jobs on this rank."""
-    ms.set_device("CPU")
-    init("mccl")
+    start()
     for name, found in run_all(json.loads(jobs), json.loads(changes)).items():
         np.savez(f"{folder}/{name}_{get_rank()}.npz", **found)
     finish()

@@ -7,10 +7,9 @@ RULES are keywords of make_rules, OPTIONS of make_train_step, with the "dtype" o
 import json
 import sys
 
-import mindspore as ms
 import numpy as np
-from cluster import finish
-from mindspore.communication import get_rank, init
+from cluster import finish, start
+from mindspore.communication import get_rank
 
 import dsv3
 from dsv3.model import param_specs
@@ -35,8 +34,7 @@ def cut_up(tokens, seed):
 
 def main(mesh, changes, rows, length, steps, rate, folder, rules="{}", documents="false", options="{}"):
     """Train on batches drawn from the seeds 1, 2, ...; rules: arguments of ``make_rules``; documents: ``cut_up`` the rows."""
-    ms.set_device("CPU")
-    init("mccl")
+    start()
     mesh, cfg, documents = Mesh.parse(mesh), dsv3.TINY.replace(**json.loads(changes)), json.loads(documents)
     optimizer = dsv3.adamw(float(rate), eps=EPSILON) if documents else dsv3.adamw(float(rate))
     options, specs = json.loads(options), param_specs(cfg)

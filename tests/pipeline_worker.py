@@ -6,10 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
-from cluster import finish
-from mindspore.communication import get_rank, init
+from cluster import finish, start
+from mindspore.communication import get_rank
 
 import dsv3
 from dsv3.parallel import Mesh, Pipeline, make_rules
@@ -41,8 +40,7 @@ def run(mesh, changes, pipeline, accumulate, rows, length, steps, rate, rules=No
 
 def main(folder):
     """All cases, one after another."""
-    ms.set_device("CPU")
-    init("mccl")
+    start()
     folder = Path(folder)
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         metrics, params, more = run(**case)
