@@ -146,10 +146,11 @@ class Engine:
         if sampling.seed is None and sampling.temperature > 0 and self._placement:
             raise ValueError("seed=None: the ranks of a mesh would draw differently; give one")
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        new = _Sequence(next(self._numbers), tokens, len(tokens), room, sampling, seed, seen=set(tokens))
+        new = _Sequence(-1, tokens, len(tokens), room, sampling, seed, seen=set(tokens))
         if self._needs(new) > self.blocks.count - 1:
             raise ValueError(f"{len(tokens)} prompt tokens and up to {room} new ones need {self._needs(new)} blocks of "
                              f"{self.blocks.size}; the cache has {self.blocks.count - 1}: ask for fewer, or give cache_tokens")
+        new.number = next(self._numbers)  # a refused request uses up none: other ranks do not hear of it
         self._waiting.append(new)
         return new.number
 

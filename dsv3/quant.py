@@ -1,7 +1,7 @@
 """Params whose matrices are int8, for inference: 8 bits a weight and one float32 scale for each output channel."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,13 +20,16 @@ MATRICES = ("wq", "wq_a", "wq_b", "wkv_a", "wo", "w_gate", "w_up", "w_down", "eh
 EXCLUDE = ("head", "mtp.*.head")
 
 
-def quantize(params: Any, cfg: Config, mode: str = "w8a16", exclude: Sequence[str] = EXCLUDE) -> Any:
+def quantize(params: Any, cfg: Config, mode: str = "w8a16", exclude: Sequence[str] = EXCLUDE,
+             shapes: Mapping[str, tuple[int, ...]] | None = None) -> Any:
     """Params in which each matrix w [D, F] that ``exclude`` leaves is {mode: q int8 [D, F], "scale": float32 [F]}.
 
     w ~ q scale, symmetric, one scale for each output channel (and expert): scale = max |w| / 127 over D, q = round(w / scale) to
     nearest even; 1 for a channel of zeros. Of experts [E, D, F] the scales are [E, F]. mode: "w8a16" for weights alone; "w8a8"
     rounds the activations of every token too, when the graph runs. exclude: patterns of paths that stay as they are, such as
-    "*.w_down", "mtp.*" or "layers.0.*"; by default the head. Embedding, router, norms and wkv_b always stay.
+    "*.w_down", "mtp.*" or "layers.0.*"; by default the head. Embedding, router, norms and wkv_b always stay. shapes: of each
+    path, where params are a rank's slices; those of cfg by default. A slice along D has scales of its own: it is rounded more
+    finely than the whole, never worse.
 
     The result goes wherever the model computes without gradients: ``forward``, ``loss_fn``, ``generate``, ``Engine``. Checkpoints
     hold float params: quantise what is loaded, which takes seconds. One leaf at a time is held in float32.
@@ -36,7 +39,7 @@ def quantize(params: Any, cfg: Config, mode: str = "w8a16", exclude: Sequence[st
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-    shapes = {path: spec.shape for path, spec in paths(param_specs(cfg), is_spec)}
+    shapes = shapes or {path: spec.shape for path, spec in paths(param_specs(cfg), is_spec)}
     found = {path: tuple(leaf.shape) for path, leaf in paths(params)}
     for path in (*shapes, *found):
         if found.get(path) != shapes.get(path):

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "quant": {"config", "model", "spec", "tree"},
     "lora": FOUNDATION,
     "checkpoint": FOUNDATION,
-    "parallel": FOUNDATION,
+    "parallel": FOUNDATION | {"sampling"},  # what rank 0 tells the others of a request
 }
 ANYTHING = {"cli", "bench", "serve", "__init__", "__main__"}
 NO_MINDSPORE = {"config", "tree", "spec", "report", "data", "text", "chat"}

@@ -7,8 +7,9 @@ size and CRC-32 of every file. The folder appears whole or not at all.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .folder import MANIFEST, read_json, replace_folder, write_text
 from .layout import PIECE, StoredFile, cut
 from .leaves import FLOATS
 from .safetensors_io import DTYPES, Slot
+from .shards import Box, extents
 from .source import Source, open_layout, own_tensor, own_tensors, read_chunk, stored_kind, tensors_by_leaf
 
 MARKER = "dsv3"  # the key of config.json that says: these are our names and layout
@@ -167,23 +169,26 @@ def config_text(cfg: Config, dtype: str | None = None) -> str:
     return json.dumps(config_json(cfg, dtype), indent=2)
 
 
-def read_params(source: Source, dtype: str | None = None, progress: bool | None = None) -> Any:
+def read_params(source: Source, dtype: str | None = None, progress: bool | None = None,
+                boxes: Mapping[str, Box] | None = None) -> Any:
     """The params of an open checkpoint of any layout, leaf by leaf, a leaf in pieces and in parallel.
 
     dtype: float32, bfloat16 or float16, None as stored. Beside the result a few pieces are held. progress: a bar on
-    stderr, None on a terminal only.
+    stderr, None on a terminal only. boxes: of each leaf this part only, and only its bytes are read; all by default.
     """
     target = leaves.float_dtype(dtype) if dtype else stored_kind(source)
-    tensors = {t.name: t for t in own_tensors(source.cfg)}
-    specs = param_specs(source.cfg)
-    total = sum(spec.size * DTYPES[FLOATS.get(spec.dtype, target)].itemsize for _, spec in paths(specs, is_spec))
+    specs, tensors = param_specs(source.cfg), tensors_by_leaf(source.cfg)
+    boxes = boxes or {path: tuple((0, n) for n in spec.shape) for path, spec in paths(specs, is_spec)}
+    total = sum(math.prod(extents(boxes[path])) * DTYPES[FLOATS.get(spec.dtype, target)].itemsize
+                for path, spec in paths(specs, is_spec))
     with (tqdm(total=total, unit="B", unit_scale=True, disable=None if progress is None else not progress) as bar,
           ThreadPoolExecutor(THREADS) as pool):
 
         def leaf(path: str, spec: Any) -> Any:
-            stored, kind = tensors[path], FLOATS.get(spec.dtype, target)
+            shape, kind = extents(boxes[path]), FLOATS.get(spec.dtype, target)
+            stored = own_tensor(path, tensors[path], boxes[path])
             pieces = [piece for chunk in stored.chunks for piece in cut(chunk, PIECE)]
-            values = np.empty(spec.size, DTYPES[kind])
+            values = np.empty(math.prod(shape), DTYPES[kind])
             ends = np.cumsum([piece.size for piece in pieces])
 
             def fill(i: int) -> None:
@@ -192,7 +197,7 @@ def read_params(source: Source, dtype: str | None = None, progress: bool | None 
                 bar.update(part.nbytes)
 
             list(pool.map(fill, range(len(pieces))))
-            return leaves.adopt(values.reshape(spec.shape), kind)
+            return leaves.adopt(values.reshape(shape), kind)
 
         return tree_map_with_path(leaf, specs)
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from . import cut
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Register the command."""
@@ -28,22 +30,24 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0")
     p.add_argument("--speculative", action="store_true", help="draft with the model's MTP module: the same text, sooner")
     p.add_argument("--quantize", choices=("w8a16", "w8a8"), help="round the weights, or weights and activations, to int8")
+    cut.add(p)
     p.set_defaults(run=run)
 
 
-def open_checkpoint(path: str, mtp: bool = False):
+def open_checkpoint(path: str, mtp: bool = False, ranks: cut.Ranks | None = None):
     """(params, cfg, folder of the tokenizer or None) of a run, one of its checkpoints, own weights or released ones.
 
-    mtp: read the MTP module of released weights too.
+    mtp: read the MTP module of released weights too. ranks: params are this rank's slices.
     """
     from ..checkpoint import hf, own, training
 
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
-    latest = training.latest_training(folder) if (folder / "checkpoints").is_dir() else None
-    weights = latest or folder
-    place = next((p for p in (folder, *weights.parents[:3]) if (p / "tokenizer.json").exists()), None)
+    place = next((p for p in (folder, *folder.parents[:3]) if (p / "tokenizer.json").exists()), None)
+    if ranks is not None:
+        return *cut.load(folder, ranks, mtp), place
+    weights = (training.latest_training(folder) if (folder / "checkpoints").is_dir() else None) or folder
     if (weights / "training.json").exists() or (weights / own.MANIFEST).exists():
         return *own.load(weights), place
     return *hf.from_hf(weights, mtp=mtp), place
@@ -96,8 +100,6 @@ def _eos(tokenizer) -> tuple[int, ...]:
 def run(args: argparse.Namespace) -> None:
     """Load and continue, or talk."""
     from ..data import load_tokenizer
-    from ..engine import Engine
-    from ..quant import quantize
     from ..sampling import Sampling
 
     if args.prompt is None and not args.chat:
@@ -106,13 +108,16 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--system is a message of a chat: give --chat too")
     sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                         min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=args.seed)
-    params, cfg, place = open_checkpoint(args.checkpoint, mtp=args.speculative)
+    ranks = cut.join(args)
+    params, cfg, place = open_checkpoint(args.checkpoint, args.speculative, ranks)
+    params = cut.quantized(params, cfg, args.quantize, ranks)
+    if ranks is not None and not ranks.leads:
+        return cut.follow(params, cfg, ranks)
     if args.tokenizer is None and place is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json; give one with --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer or place)
-    params = quantize(params, cfg, args.quantize) if args.quantize else params
-    engine = Engine(params, cfg, max_batch=1, max_length=args.max_length, speculative=args.speculative,
-                    eos_token_ids=_eos(tokenizer))
+    engine = cut.make_engine(params, cfg, ranks, max_batch=1, max_length=args.max_length, speculative=args.speculative,
+                             eos_token_ids=_eos(tokenizer))
     if not args.chat:
         say(args.prompt)
         continued(engine, tokenizer, _with_bos(tokenizer, args.prompt), sampling, args.stop, say)
@@ -121,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
         talk(engine, tokenizer, sampling, args.stop, args.system, args.prompt)
     if args.speculative:
         print(f"{engine.stats.accepted} of {engine.stats.drafted} drafts were right", file=sys.stderr)
+    cut.leave(engine, ranks)
 
 
 def talk(engine, tokenizer, sampling, stop: Sequence[str], system: str | None, message: str | None) -> None:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import cut
+
 KEY = "DSV3_API_KEY"
 
 
@@ -38,11 +40,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     g.add_argument("--max-tokens", type=int, help="tokens of an answer; default: --max-length")
     g.add_argument("--max-choices", type=int, default=16, help="answers of one request: prompts times n")
     p.add_argument("--access-log", action="store_true", help="print a line for each request")
+    cut.add(p)
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, listen, serve until a signal."""
+    """Load, listen, serve until a signal; on a mesh rank 0 does, and the others compute with it."""
     check(args)
     from ..chat import load_chat
     from ..data import load_tokenizer
@@ -52,35 +55,53 @@ def run(args: argparse.Namespace) -> int:
     from ..serve.worker import Worker
     from .generate import open_checkpoint
 
+    ranks, stopped = cut.join(args), []
+    if ranks is not None and not ranks.leads:
+        params, cfg, _ = open_checkpoint(args.checkpoint, args.speculative, ranks)
+        cut.follow(cut.quantized(params, cfg, args.quantize, ranks), cfg, ranks)
+        return 0
     bound = server.bind(args.host, args.port)
     for number in (signal.SIGINT, signal.SIGTERM):  # while it loads; the server has its own
-        signal.signal(number, leave)
-    params, cfg, place = open_checkpoint(args.checkpoint, mtp=args.speculative)
+        signal.signal(number, leave if ranks is None else lambda number, frame: stopped.append(number))
+    params, cfg, place = open_checkpoint(args.checkpoint, args.speculative, ranks)
     if args.tokenizer is None and place is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json; give one with --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer or place)
     chat = load_chat(tokenizer)
-    if args.quantize:
-        from ..quant import quantize
-
-        params = quantize(params, cfg, mode=args.quantize)
+    params = cut.quantized(params, cfg, args.quantize, ranks)
     places = args.max_batch + args.max_queue
     limits = Limits(body_bytes=args.max_body, prompt_tokens=args.max_prompt or 1 << 30, new_tokens=args.max_tokens or 1 << 30,
                     choices=min(args.max_choices, places), seconds=args.timeout, grace=args.grace)
-    worker = Worker(lambda: start(params, cfg, tokenizer, args), places=places)
+    made: list[Any] = []
+
+    def make() -> Any:
+        eos = cfg.eos_token_id if tokenizer.eos_id is None else tokenizer.eos_id
+        made.append(cut.make_engine(params, cfg, ranks, max_batch=args.max_batch, max_length=args.max_length,
+                                    cache_tokens=args.cache_tokens, speculative=args.speculative,
+                                    eos_token_ids=() if eos is None else (eos,)))
+        if not args.lazy:
+            warm(made[0], args, stopped)
+        return made[0]
+
+    worker = Worker(make, places=places)
     worker.load()
     service = Service(worker, tokenizer, chat, args.model_name or Path(args.checkpoint).resolve().name, limits,
                       args.api_key or os.environ.get(KEY) or None, server.is_local(bound))
 
     def ready() -> None:
+        if stopped:  # while it loaded; the other ranks must be let go in order
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         asked = "" if service.api_key is None else ", with an API key"
-        print(f"dsv3 serve: {service.model} at {server.address(bound)}{asked}; the API is at {server.address(bound)}/v1; "
+        over = "" if ranks is None else f", cut over {args.mesh}"
+        print(f"dsv3 serve: {service.model} at {server.address(bound)}{asked}{over}; the API is at {server.address(bound)}/v1; "
               f"Ctrl-C or SIGTERM stops it", flush=True)
         if not service.local and service.api_key is None:
             print(f"dsv3 serve: {args.host} can be reached from other machines, and no key is asked", file=sys.stderr, flush=True)
 
     if not server.serve(service, bound, ready, args.access_log):
         leave()
+    cut.leave(made[0], ranks)
     return 0
 
 
@@ -90,23 +111,19 @@ def leave(*signal_and_frame: Any) -> None:
     os._exit(0)
 
 
-def start(params, cfg, tokenizer, args: argparse.Namespace):
-    """The engine; unless lazy, with the graphs that most requests need compiled, so that the first clients do not wait."""
-    from ..engine import Engine
+def warm(engine: Any, args: argparse.Namespace, stopped: list[int]) -> None:
+    """Compile the graphs that most requests need, so that the first clients do not wait; until something is in stopped."""
     from ..sampling import Sampling
 
-    eos = cfg.eos_token_id if tokenizer.eos_id is None else tokenizer.eos_id
-    engine = Engine(params, cfg, max_batch=args.max_batch, max_length=args.max_length, cache_tokens=args.cache_tokens,
-                    speculative=args.speculative, eos_token_ids=() if eos is None else (eos,))
-    if not args.lazy:
-        for i in range(args.max_batch):  # they end one after another: every number of running sequences occurs
-            engine.submit([i % cfg.vocab_size], Sampling(max_new_tokens=2 + i, ignore_eos=True))
-        for length in (64, 128, 256):
-            if length < min(engine.max_length, (args.cache_tokens or engine.max_length) // 2):
-                engine.submit([length % cfg.vocab_size] * length, Sampling(max_new_tokens=1))
-        while not engine.idle:
-            engine.step()
-    return engine
+    asked = [engine.submit([i % engine.cfg.vocab_size], Sampling(max_new_tokens=2 + i, ignore_eos=True))
+             for i in range(args.max_batch)]  # they end one after another: every number of running sequences occurs
+    for length in (64, 128, 256):
+        if length < min(engine.max_length, (args.cache_tokens or engine.max_length) // 2):
+            asked.append(engine.submit([length % engine.cfg.vocab_size] * length, Sampling(max_new_tokens=1)))
+    while not (engine.idle or stopped):
+        engine.step()
+    for request in asked:
+        engine.cancel(request)
 
 
 def check(args: argparse.Namespace) -> None:

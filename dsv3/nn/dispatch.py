@@ -25,6 +25,7 @@ from mindspore.ops.primitive import constexpr
 
 from ..kernels.experts import experts, weighted_sum
 from ..kernels.grouped_matmul import grouped_matmul
+from ..kernels.int8 import integers
 from ..kernels.native import iota
 from ..kernels.swiglu import swiglu
 from ..parallel.shard import all_gather, all_to_all_v, here, on_cpu, part, parts, psum, reduce_scatter
@@ -59,7 +60,7 @@ def exchanged_experts(w, x_TD, idx_TK, weights_TK, form):
     """
     if parts("expert") == 1:
         return experts(x_TD, w["w_gate"], w["w_up"], w["w_down"], idx_TK, weights_TK)
-    E = w["w_gate"].shape[0]
+    E = integers(w["w_gate"]).shape[0]
     if form == "replicated":
         return psum(_own_experts(w, x_TD, idx_TK - part("expert") * E, weights_TK, True), "expert")
     if form == "gather":
@@ -119,7 +120,7 @@ def _answer(out_QD, way, name):
 
 def _own_experts(w, x_RD, idx_RK, weights_RK, static):
     """The weighted sum of what this rank's experts say, [R, D]; an idx that is none of theirs counts for nothing."""
-    expert_P, at_P, counts_E = _copies(idx_RK, w["w_gate"].shape[0], static)
+    expert_P, at_P, counts_E = _copies(idx_RK, integers(w["w_gate"]).shape[0], static)
     end_E, x_PD = ops.cumsum(counts_E, 0), ops.gather(x_RD, at_P, 0)
     gate_PF, up_PF = grouped_matmul(x_PD, w["w_gate"], end_E, static), grouped_matmul(x_PD, w["w_up"], end_E, static)
     out_PD = grouped_matmul(swiglu(gate_PF, up_PF), w["w_down"], end_E, static)

@@ -116,11 +116,17 @@ def _on_node(world: World) -> dict[str, int]:
 def _watch(world: World, stalled: float) -> watch.Watch:
     """Rank 0 listens; where, it tells by numbers."""
     server = watch.listen() if world.rank == 0 else None
-    here = [*map(int, _own_address().split(".")), server.getsockname()[1]] if server else [0] * 5
-    *octets, port = (int(world.gather(number)[0]) for number in here)
-    made = watch.serve(server, world.size, stalled) if server else watch.join(world.rank, (".".join(map(str, octets)), port))
+    address = tell_address(world, server)
+    made = watch.serve(server, world.size, stalled) if server else watch.join(world.rank, address)
     world.gather(0.0)  # all have joined
     return made
+
+
+def tell_address(world: World, server: socket.socket | None) -> tuple[str, int]:
+    """Where rank 0's ``server`` listens; the others give None. All ranks must call it."""
+    here = [*map(int, _own_address().split(".")), server.getsockname()[1]] if server else [0] * 5
+    *octets, port = (int(world.gather(number)[0]) for number in here)
+    return ".".join(map(str, octets)), port
 
 
 def _own_address() -> str:

@@ -44,7 +44,8 @@ def listen() -> socket.socket:
     return server
 
 
-def _keep_alive(connection: socket.socket) -> None:
+def keep_alive(connection: socket.socket) -> None:
+    """Let the kernel find out within half a minute that the other end's host has died."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE):
         if hasattr(socket, option):
@@ -55,7 +56,7 @@ def join(rank: int, address: tuple[str, int], lost: Callable[[str], None] = die)
     """Watch as a rank other than 0. address: rank 0's. Raises OSError when it cannot be reached."""
     connection = socket.create_connection(address, timeout=60)
     connection.settimeout(None)
-    _keep_alive(connection)
+    keep_alive(connection)
     closing = threading.Event()
     connection.sendall(json.dumps({"rank": rank}).encode() + b"\n")
 
@@ -72,7 +73,7 @@ def join(rank: int, address: tuple[str, int], lost: Callable[[str], None] = die)
         if not closing.is_set():
             told = json.loads(text)["lost"] if text.endswith(b"\n") else "rank 0 has ended, or cannot be reached any more"
             if told:
-                lost(f"rank {rank}: {told}; ending this rank with code {LOST}, the same command goes on from the last checkpoint")
+                lost(f"rank {rank}: {told}; ending this rank with code {LOST}, the same command starts from the last checkpoint")
 
     threading.Thread(target=follow, daemon=True).start()
 
@@ -105,7 +106,7 @@ def serve(server: socket.socket, size: int, stalled: float, lost: Callable[[str]
             for key, _ in chosen.select(timeout=0.5):
                 if key.fileobj is server:
                     connection, _ = server.accept()
-                    _keep_alive(connection)
+                    keep_alive(connection)
                     chosen.register(connection, selectors.EVENT_READ)
                     pending[connection] = b""
                     continue
@@ -133,7 +134,7 @@ def serve(server: socket.socket, size: int, stalled: float, lost: Callable[[str]
                 missing = f"nothing has happened for {quiet:.0f} s ({where(doing)})"
             if missing and not closing.is_set():
                 tell(ranks, missing)
-                lost(f"rank 0: {missing}; ending with code {LOST}, the same command goes on from the last checkpoint")
+                lost(f"rank 0: {missing}; ending with code {LOST}, the same command starts from the last checkpoint")
                 return
         tell(ranks, "")
         for connection in ranks:
