@@ -18,7 +18,8 @@ from dsv3.parallel.shard import Placement
 from dsv3.parallel.stages import own
 
 MESH = "data=2,model=2,expert=2"
-WIDE = CFG.replace(num_hidden_layers=2, hidden_size=160, intermediate_size=288, moe_intermediate_size=96)  # several FP8 blocks, cut inside of them
+# several blocks of FP8, cut inside of them
+WIDE = CFG.replace(num_hidden_layers=2, hidden_size=160, intermediate_size=288, moe_intermediate_size=96)
 
 
 def ranks(text):
