@@ -48,7 +48,7 @@ def alone(checkpoint):  # noqa: F811
 
 def log_of(folder, rank):
     path = folder / "logs" / f"worker_{rank}.log"
-    return path.read_text(errors="replace") if path.exists() else ""
+    return path.read_bytes().decode(errors="replace") if path.exists() else ""  # a text may have any line ends
 
 
 def wait_for(found, process, folder, seconds=120):
@@ -79,11 +79,11 @@ def service(folder, *command):
 
 
 @pytest.mark.parametrize("mesh, options", [
-    ("model=2", []), pytest.param("data=2,expert=2", ["--quantize", "w8a8"], marks=pytest.mark.slow)])
+    ("model=2", []), pytest.param("data=2,expert=2", ["--quantize", "w8a8", "--speculative"], marks=pytest.mark.slow)])
 def test_generate_writes_what_one_device_writes(checkpoint, tmp_path, capsys, mesh, options):  # noqa: F811
-    """Heads, ffn and vocabulary cut, or the experts; drafts and draws, of slices of one file."""
+    """Heads, ffn and vocabulary cut, or the experts; drafts and draws."""
     command = ["generate", str(checkpoint), "--prompt", PROMPT, "--max-new-tokens", "16", "--temperature", "0.8", "--seed", "3",
-               "--speculative", *options]
+               *options]
     assert main(command) == 0
     text, drafts = capsys.readouterr()
     done = subprocess.run(msrun(2, tmp_path / "logs", "python", "-m", "dsv3", *command, "--mesh", mesh), cwd=tmp_path,
@@ -117,7 +117,7 @@ def test_clients_of_a_cut_model_get_what_one_device_answers(checkpoint, alone, t
             await asyncio.gather(*(leaves("a") for _ in range(3)))
             return await texts
 
-        refused = post(server.url, "/v1/completions", ask(["a", "x " * 40]) | {"max_tokens": 80})
+        refused = post(server.url, "/v1/completions", ask(["a", "x " * 20]) | {"max_tokens": 80})
         assert refused[0] == 400 and "blocks" in refused[2]["error"]["message"], refused
         assert asyncio.run(crowd()) == [alone(text, **way) for text, way in asks]
         assert at_rest(server.url)["dsv3_engine_generated_tokens_total"] > 24 * 4
