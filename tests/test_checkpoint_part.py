@@ -33,7 +33,8 @@ def same_slices(path, params, cfg, **options):
         assert found_cfg == cfg and bits(found) == bits(own(params, cfg, placement)), (path, placement.rank)
 
 
-@pytest.mark.parametrize("name", ["one device", "dp2 tp2 ZeRO-3", "dp2 pp2 vpp2 ZeRO-1"])
+@pytest.mark.parametrize("name", ["dp2 pp2 vpp2 ZeRO-1", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("one device", "dp2 tp2 ZeRO-3"))])
 def test_checkpoints_of_training_on_any_mesh(tmp_path, name):
     assert name in LAYOUTS
     params, state = whole(0)

@@ -2,7 +2,8 @@
 for simulated Ascend ranks.
 
 Planted faults this file was seen to catch, one at a time:
-PLANTED
+what the ranks of "heads" compute not summed; what their experts say not summed; a rank's wkv_b that of the other rank's heads;
+rows of the embedding looked up as if every rank had the first.
 """
 
 import json

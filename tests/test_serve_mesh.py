@@ -7,11 +7,13 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 openai = pytest.importorskip("openai", reason="the service is tested with the openai package")
@@ -22,6 +24,7 @@ from serving import at_rest, metrics, post, raw  # noqa: E402
 from test_serve_cli import CFG, WORDS, ask, checkpoint  # noqa: E402, F401 (a fixture)
 
 import dsv3  # noqa: E402
+from dsv3.checkpoint.training import save_training  # noqa: E402
 from dsv3.cli.generate import continued  # noqa: E402
 from dsv3.cli.main import main  # noqa: E402
 from dsv3.data import load_tokenizer  # noqa: E402
@@ -81,9 +84,13 @@ def service(folder, *command):
 @pytest.mark.parametrize("mesh, options", [
     ("model=2", []), pytest.param("data=2,expert=2", ["--quantize", "w8a8", "--speculative"], marks=pytest.mark.slow)])
 def test_generate_writes_what_one_device_writes(checkpoint, tmp_path, capsys, mesh, options):  # noqa: F811
-    """Heads, ffn and vocabulary cut, or the experts; drafts and draws."""
-    command = ["generate", str(checkpoint), "--prompt", PROMPT, "--max-new-tokens", "16", "--temperature", "0.8", "--seed", "3",
-               *options]
+    """Heads, ffn and vocabulary cut, or the experts; drafts and draws; of the folder of a training run."""
+    params, cfg = dsv3.load(checkpoint)
+    save_training(tmp_path / "run", 3, params, {"step": np.int32(3)}, {}, cfg=cfg)
+    for file in checkpoint.glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path / "run")
+    command = ["generate", str(tmp_path / "run"), "--prompt", PROMPT, "--max-new-tokens", "16", "--temperature", "0.8",
+               "--seed", "3", *options]
     assert main(command) == 0
     text, drafts = capsys.readouterr()
     done = subprocess.run(msrun(2, tmp_path / "logs", "python", "-m", "dsv3", *command, "--mesh", mesh), cwd=tmp_path,
@@ -92,7 +99,7 @@ def test_generate_writes_what_one_device_writes(checkpoint, tmp_path, capsys, me
     assert text.startswith(PROMPT) and len(text) > len(PROMPT) + 5
     assert text in log_of(tmp_path, 0) and drafts in log_of(tmp_path, 0)
     held = [int(re.search(rf"mesh {mesh}, holds ([\d,]+)", log_of(tmp_path, rank))[1].replace(",", "")) for rank in (0, 1)]
-    assert held[0] == held[1] < 0.8 * dsv3.tree.size(dsv3.load(checkpoint)[0])
+    assert held[0] == held[1] < 0.8 * dsv3.tree.size(params)
     assert PROMPT not in log_of(tmp_path, 1)
 
 
