@@ -2,7 +2,7 @@
 
 Placement is data: one process plays all ranks; nothing is compiled.
 Planted faults this file was seen to catch, one at a time:
-(to be filled in)
+rank 0's slices for all ranks; the first experts for all; no file compared with its checksum; the whole read and then cut.
 """
 import json
 import tracemalloc

@@ -12,8 +12,15 @@ import pytest
 from cluster import run_ranks
 from decode_worker import texts
 
+import dsv3
+from dsv3.checkpoint import sharded
+from dsv3.checkpoint.shards import extents
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.rules import make_rules
+from dsv3.parallel.shard import Placement
 from dsv3.parallel.simulate import simulate
+from dsv3.parallel.stages import own
+from dsv3.tree import paths, to_numpy
 
 CHANGES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
            "num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
@@ -28,6 +35,34 @@ def test_processes_together_write_what_one_device_writes(tmp_path):
     run_ranks(tmp_path, 4, "decode_worker.py", "data=2,model=2,expert=2", json.dumps(CHANGES), json.dumps(PROMPTS), NEW, tmp_path)
     for rank in range(4):
         assert json.loads((tmp_path / f"rank_{rank}.json").read_text()) == wanted
+
+
+def test_slices_are_quantised_as_the_whole_is():
+    """Bit for bit where no sum is cut; else with scales of their own, which are never larger."""
+    cfg = dsv3.TINY.replace(**CHANGES)
+    params, cut = dsv3.init(cfg, seed=0), 0
+    whole = dict(paths(to_numpy(dsv3.quantize(params, cfg, "w8a8"))))
+    for rank in range(8):
+        placement = Placement(Mesh(data=4, model=2, expert=4), make_rules(), rank)
+        parts = {part.leaf: part for part in sharded.parts(cfg, placement)}
+        mine = own(params, cfg, placement)
+        with pytest.raises(ValueError, match="embed is"):
+            dsv3.quantize(mine, cfg, "w8a8")
+        shapes = {path: extents(part.box) for path, part in parts.items()}
+        found = dict(paths(to_numpy(dsv3.quantize(mine, cfg, "w8a8", shapes=shapes))))
+        assert found.keys() == whole.keys()
+        for path in (path for path in whole if path.endswith(".w8a8")):
+            part, scale = parts[path.removesuffix(".w8a8")], path.replace(".w8a8", ".scale")
+            where = tuple(slice(*dim) for dim in part.box)
+            columns = where[:-2] + where[-1:]
+            if extents(part.box)[-2] == part.spec.shape[-2]:
+                assert (found[path] == whole[path][where]).all() and (found[scale] == whole[scale][columns]).all(), path
+                continue
+            cut += 1
+            assert path.split(".")[-2] in ("wo", "w_down") and (found[scale] <= whole[scale][columns]).all(), path
+            exact = to_numpy(dict(paths(mine))[path.removesuffix(".w8a8")])
+            assert (abs(found[path] * found[scale][..., None, :] - exact) <= 0.5001 * found[scale][..., None, :]).all(), path
+    assert cut == 8 * (3 + 5)  # on each rank: three blocks' wo; w_down of one dense block, and of two with shared and own experts
 
 
 def test_graphs_compile_for_ascend():

@@ -79,12 +79,14 @@ def load(folder: Path, ranks: Ranks, mtp: bool) -> tuple[Any, Any]:
 
 def quantized(params: Any, cfg: Any, mode: str | None, ranks: Ranks | None) -> Any:
     """Params with int8 matrices if there is a mode; a rank's slices too."""
+    from ..checkpoint.sharded import parts
+    from ..checkpoint.shards import extents
     from ..quant import quantize
-    from ..tree import paths
 
     if mode is None:
         return params
-    return quantize(params, cfg, mode, shapes=None if ranks is None else {path: tuple(x.shape) for path, x in paths(params)})
+    shapes = None if ranks is None else {part.path: extents(part.box) for part in parts(cfg, ranks.placement)}
+    return quantize(params, cfg, mode, shapes=shapes)
 
 
 def make_engine(params: Any, cfg: Any, ranks: Ranks | None, **settings: Any) -> Any:
