@@ -1,7 +1,8 @@
 """``dsv3 generate --mesh`` and ``dsv3 serve --mesh`` as real processes on CPUs: what one device answers, and how they end.
 
 Planted faults this file was seen to catch, one at a time:
-(to be filled in)
+rank 0's slices on all ranks; a number used up by a request that rank 0 refuses; another rank's signal not heeded by rank 0, or
+not passed on to it; the ids that end a text not told to the others.
 """
 import asyncio
 import contextlib
