@@ -17,12 +17,12 @@ from .nn.router import updated_bias
 from .optim import Optimizer, is_state
 from .parallel.groups import own_rank
 from .parallel.mesh import Mesh
-from .parallel.pipeline import accumulated, check, embedding_joiner, loads_of, reporter
+from .parallel.pipeline import accumulated, check, embedding_joiner, evaluated, loads_of, reporter
 from .parallel.rules import make_rules
 from .parallel.schedules import Pipeline
 from .parallel.shard import Placement, placed
 from .parallel.stages import held
-from .parallel.update import check_state, make_reduce, make_update
+from .parallel.update import check_params, check_state, make_reduce, make_update
 from .schedule import Schedule, value_at
 from .transform import builder, jit, picker, value_and_grad
 from .tree import flatten, paths
@@ -52,18 +52,7 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
     ``accumulate`` is the number of micro-batches, and every stage is given the batch. A pipeline always recomputes a chunk's
     forward (``parallel.pipeline``); ``recompute`` then saves memory inside that.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate}; expected at least 1")
-    placement = None
-    if mesh is None and rules is not None:
-        raise ValueError(f"rules={rules!r} without a mesh; give the mesh that they are for, or leave them out")
-    if mesh is not None:
-        if not isinstance(mesh, Mesh):
-            raise ValueError(f"mesh={mesh!r}; expected a dsv3.parallel.Mesh, or None for one device")
-        placement = Placement(mesh, rules or make_rules(), own_rank(), pipeline or Pipeline())
-        check(cfg, placement, accumulate)
-    elif pipeline is not None:
-        raise ValueError(f"pipeline={pipeline} without a mesh; give mesh=Mesh(pipe=...), or leave it out")
+    placement = _place(cfg, mesh, rules, pipeline, accumulate)
     if isinstance(recompute, str) and recompute != "selective":
         raise ValueError(f"recompute={recompute!r}; expected True, False, 'selective' or a tuple of layer numbers")
 
@@ -78,7 +67,7 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
         count = int(opt_state["step"].asnumpy())
         rates = (value_at(bias_update_rate, count), value_at(mtp_weight, count))
         hyper = np.concatenate([optimizer.hyper(count), np.array(rates, np.float32)])
-        with placed(placement) if placement else contextlib.nullcontext():
+        with _at(placement):
             metrics = steps[structure](params, opt_state, batch, hyper)
         metrics["learning_rate"] = float(hyper[0])
         return params, opt_state | {"step": Tensor(np.array(count + 1, np.int32))}, metrics
@@ -90,6 +79,38 @@ def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rule
                        mtp_prenorm=mtp_prenorm)
 
     return step
+
+
+def _place(cfg: Config, mesh: Any, rules: Any, pipeline: Pipeline | None, accumulate: int) -> Placement | None:
+    """This process's place; None on one device."""
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate}; expected at least 1")
+    if mesh is None:
+        if rules is not None:
+            raise ValueError(f"rules={rules!r} without a mesh; give the mesh that they are for, or leave them out")
+        if pipeline is not None:
+            raise ValueError(f"pipeline={pipeline} without a mesh; give mesh=Mesh(pipe=...), or leave it out")
+        return None
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh={mesh!r}; expected a dsv3.parallel.Mesh, or None for one device")
+    placement = Placement(mesh, rules or make_rules(), own_rank(), pipeline or Pipeline())
+    check(cfg, placement, accumulate)
+    return placement
+
+
+def _in_parts(placement: Placement | None, accumulate: int) -> bool:
+    """Whether Python drives several graphs (``parallel.pipeline``)."""
+    return accumulate > 1 or (placement is not None and placement.mesh.pipe > 1)
+
+
+def _at(placement: Placement | None) -> contextlib.AbstractContextManager:
+    return placed(placement) if placement else contextlib.nullcontext()
+
+
+def _parted(tree: Any, is_bias: list[bool]) -> tuple[tuple, tuple]:
+    """(what gradients move, router biases) among the leaves of a tree like params."""
+    leaves = list(zip(flatten(tree), is_bias))
+    return tuple(leaf for leaf, bias in leaves if not bias), tuple(leaf for leaf, bias in leaves if bias)
 
 
 def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int, cfg: Config, placement: Placement | None,
@@ -141,18 +162,16 @@ def _bind(params: Any, loss_of: Callable, optimizer: Optimizer, accumulate: int,
             cleared = cleared + (ops.assign(leaf, ops.depend(ops.broadcast_to(zero, leaf.shape), norm)),)
         return ops.depend(norm, cleared)
 
-    in_parts = accumulate > 1 or (is_cut and placement.mesh.pipe > 1)
+    in_parts = _in_parts(placement, accumulate)
     if in_parts:
         gradients = accumulated(params, cfg, placement, accumulate, **pieces)
         join, report = embedding_joiner(params, cfg, placement), reporter(cfg, placement)
     sums: list = []
 
     def run(params: Any, state: dict, batch: dict, hyper: np.ndarray) -> dict:
-        def moved(tree: Any) -> tuple:
-            return tuple(leaf for leaf, bias in zip(flatten(tree), is_bias) if not bias)
-
-        leaves, biases = moved(params), tuple(leaf for leaf, bias in zip(flatten(params), is_bias) if bias)
-        moments = {"m": moved(state["m"]), "v": moved(state["v"]), "masters": flatten(state.get("masters", ()))}
+        leaves, biases = _parted(params, is_bias)
+        m, v = (_parted(state[name], is_bias)[0] for name in ("m", "v"))
+        moments = {"m": m, "v": v, "masters": flatten(state.get("masters", ()))}
         if not in_parts:
             return whole(leaves, biases, moments, batch, hyper)
         if not sums:
@@ -176,12 +195,42 @@ def split_rows(batch: dict, parts: int, cfg: Config) -> list[dict]:
     return [{k: v[i * n:(i + 1) * n] for k, v in batch.items()} | {"denominators": whole} for i in range(parts)]
 
 
-def make_eval_step(cfg: Config, *, route: Callable | None = None, balance: Callable | None = None) -> Callable:
-    """``evaluate(params, batch) -> metrics`` of ``loss_fn``; updates nothing, so no load is counted twice."""
-    def evaluate(params, batch):
-        return loss_fn(params, batch, cfg=cfg, route=route, balance=balance)[1]
+def make_eval_step(cfg: Config, *, mesh: Any = None, rules: Any = None, route: Callable | None = None,
+                   balance: Callable | None = None, accumulate: int = 1, mtp_prenorm: bool = False,
+                   pipeline: Pipeline | None = None) -> Callable:
+    """``evaluate(params, batch) -> metrics`` of ``loss_fn``; updates nothing, so no load is counted twice.
 
-    return jit(evaluate)
+    mesh, rules, pipeline, accumulate: as of ``make_train_step``, whose params it reads where they are; the batch is this rank's
+    own rows, the metrics are those of the whole batch, on every rank. With micro-batches forward passes alone are made, in the
+    training step's order, and with a pipeline every stage is given the batch. Raises ValueError when the rows do not divide.
+    """
+    placement = _place(cfg, mesh, rules, pipeline, accumulate)
+    bound: dict[Any, Callable] = {}
+
+    @jit
+    def whole(params, batch):
+        return loss_fn(params, batch, cfg=cfg, route=route, balance=balance, mtp_prenorm=mtp_prenorm)[1]
+
+    def bind(params: Any) -> Callable:
+        losses = evaluated(params, cfg, placement, accumulate, route=route, balance=balance, mtp_prenorm=mtp_prenorm)
+        report, is_bias = reporter(cfg, placement), [is_state(path) for path, _ in paths(params)]
+
+        def run(params: Any, batch: dict) -> dict:
+            found = losses(*_parted(params, is_bias), split_rows(batch, accumulate, cfg))
+            return report(found, np.float32(0.3))
+
+        return run
+
+    def evaluate(params: Any, batch: dict) -> dict:
+        structure = optree.tree_structure(params)
+        if structure not in bound:
+            if placement is not None:
+                check_params(params, held(cfg, placement)[0], placement)
+            bound[structure] = bind(params) if _in_parts(placement, accumulate) else whole
+        with _at(placement):
+            return bound[structure](params, batch)
+
+    return evaluate
 
 
 class NotFinite(FloatingPointError):

@@ -20,20 +20,28 @@ from dsv3.tree import paths
 
 
 def run(mesh, changes, pipeline, accumulate, rows, length, steps, rate, rules=None):
-    """(metrics of each step, params by their paths in the whole model, graphs compiled after the first step)."""
+    """(metrics of each step and of an evaluation on the batch after the last, params by their paths in the whole model, graphs
+    compiled after the first step and evaluation)."""
     pipeline = {k: tuple(v) if isinstance(v, list) else v for k, v in pipeline.items()}
     mesh, line, cfg, optimizer = Mesh.parse(mesh), Pipeline(**pipeline), dsv3.TINY.replace(**changes), dsv3.adamw(rate)
     table = make_rules(**rules or {})
     placement = Placement(mesh, table, get_rank(), line)
     params = own(dsv3.init(cfg, seed=0), cfg, placement)
-    step = dsv3.make_train_step(cfg, optimizer, mesh=mesh, rules=table, pipeline=line, accumulate=accumulate)
+    place = {"mesh": mesh, "rules": table, "pipeline": line, "accumulate": accumulate}
+    step, evaluate = dsv3.make_train_step(cfg, optimizer, **place), dsv3.make_eval_step(cfg, **place)
     state, metrics = init_state(optimizer, params, held(cfg, placement)[0], placement), []
     n, i, compiled = rows // mesh.data, placement.index("batch"), []
-    for seed in range(1, steps + 1):
+
+    def batch(seed):
         tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, (rows, length)).astype(np.int32)
-        params, state, found = step(params, state, {"tokens": tokens[i * n : (i + 1) * n]})
+        return {"tokens": tokens[i * n : (i + 1) * n]}
+
+    for seed in range(1, steps + 1):
+        params, state, found = step(params, state, batch(seed))
+        held_out = evaluate(params, batch(seed + 1))  # which must leave all as it is
         metrics.append({k: np.asarray(v.asnumpy()).tolist() for k, v in found.items() if k != "learning_rate"})
         compiled.append(compile_count())
+    metrics.append({k: np.asarray(v.asnumpy()).tolist() for k, v in held_out.items()})
     names = held(cfg, placement)[1]
     return metrics, {name: leaf.asnumpy() for name, (_, leaf) in zip(names, paths(params))}, compiled[-1] - compiled[0]
 

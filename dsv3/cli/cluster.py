@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import secrets
@@ -40,13 +39,14 @@ def add(p: argparse.ArgumentParser) -> None:
     g.add_argument("--stall-timeout", type=float, default=1800.0, help="seconds without any progress after which the run ends")
 
 
-def join(args: argparse.Namespace) -> tuple[Any, Any]:
+def join(args: argparse.Namespace, cfg: Any) -> tuple[Any, Any]:
     """(world, placement) of this process: alone and None without --mesh. Waits for the other ranks.
 
     Raises ValueError when mesh, rules and processes do not fit together, ConnectionError when ranks do not come.
     """
     from ..parallel import launch
     from ..parallel.mesh import Mesh
+    from ..parallel.pipeline import check
     from ..parallel.rules import make_rules
     from ..parallel.schedules import Pipeline
     from ..parallel.shard import Placement
@@ -60,6 +60,7 @@ def join(args: argparse.Namespace) -> tuple[Any, Any]:
     layers = args.layers if args.layers == "even" else _numbers(args.layers, "--layers")
     noop = _numbers(args.noop_layers, "--noop-layers") if args.noop_layers else ()
     place = Placement(mesh, rules, 0, Pipeline(args.pipeline, args.virtual, layers, noop))
+    check(cfg, place, args.accumulate)
     if args.batch_size % (mesh.data * args.accumulate):
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by data={mesh.data} times --accumulate "
                          f"{args.accumulate}; it counts the rows of all ranks together")
@@ -109,7 +110,7 @@ def check_shared(world: Any, out: Path) -> None:
 
 # -- params and checkpoints --------------------------------------------------------------------------------------------
 def partition(placement: Any) -> dict[str, Any]:
-    """What ``make_train_step`` is told."""
+    """What ``make_train_step`` and ``make_eval_step`` are told."""
     return {} if placement is None else {"mesh": placement.mesh, "rules": placement.rules, "pipeline": placement.pipeline}
 
 
@@ -165,10 +166,10 @@ def save(world: Any, placement: Any, out: Path, step: int, params: Any, opt_stat
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
-def announced(world: Any, feed: Iterator[dict]) -> Iterator[dict]:
+def announced(world: Any, feed: Iterator[dict], doing: str = "waiting for data") -> Iterator[dict]:
     """The batches, the watch being told when one is waited for."""
     while True:
-        world.watch.at("waiting for data")
+        world.watch.at(doing)
         try:
             batch = next(feed)
         except StopIteration:
@@ -193,12 +194,3 @@ def logger(world: Any, placement: Any, report: Callable[[dict], None] | None) ->
             report(record)
 
     return log
-
-
-@contextlib.contextmanager
-def at_place(placement: Any) -> Iterator[None]:
-    """Compile for this rank's place, if it has one."""
-    from ..parallel.shard import placed
-
-    with placed(placement) if placement is not None else contextlib.nullcontext():
-        yield

@@ -18,18 +18,19 @@ from ..parallel.schedules import Pipeline
 from ..parallel.shard import Placement
 from ..parallel.stages import held, own
 from ..parallel.update import init_state
-from ..train import make_train_step
+from ..train import make_eval_step, make_train_step
 from ..tree import paths, tree_map, tree_map_with_path
 
 
 def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: int = 1, rules: dict[str, Any] | None = None,
               changes: dict | None = None, learning_rate: float = 1e-2, accumulate: int = 1, dtype: str = "float32",
-              empty: bool = False, recompute: Any = False, pipeline: dict[str, Any] | None = None) -> tuple[Any, list[dict]]:
+              empty: bool = False, recompute: Any = False, pipeline: dict[str, Any] | None = None,
+              evaluate: bool = False) -> tuple[Any, list[dict]]:
     """``make_train_step(mesh=...)`` on this rank's part of ``init`` with seed 0 and of batches of ``rows`` x ``length``, the
     same as ``batch_of`` of the seeds 1, 2, ... Returns (params, metrics of every step).
 
     model, changes, rules: see ``parallel.program.train_step``. empty: params and state have shapes and no values, so that a
-    step is compiled without drawing them.
+    step is compiled without drawing them. evaluate: ``make_eval_step`` on the batch after the last; its metrics come last.
     """
     cfg = (PRESETS[model] if isinstance(model, str) else Config.from_hf(model)).replace(**(changes or {}))
     table, line, optimizer = make_rules(**_tuples(rules)), Pipeline(**_tuples(pipeline)), adamw(learning_rate)
@@ -38,12 +39,17 @@ def run_steps(model: str | dict, mesh: str, rows: int, length: int, *, steps: in
     params = blank(specs, placement, dtype, table.zero == 3) if empty else own(init(cfg, 0, dtype), cfg, placement)
     state = blank_state(specs, placement, dtype) if empty else init_state(optimizer, params, specs, placement)
     recompute = tuple(recompute) if isinstance(recompute, list) else recompute
-    step, metrics = make_train_step(cfg, optimizer, mesh=placement.mesh, rules=table, accumulate=accumulate,
-                                    recompute=recompute, pipeline=line), []
+    place = {"mesh": placement.mesh, "rules": table, "pipeline": line, "accumulate": accumulate}
+    step, metrics = make_train_step(cfg, optimizer, recompute=recompute, **place), []
+
+    def batch(i: int) -> dict:
+        return {"tokens": own_rows(placement, batch_of(cfg, rows, length, 1 + i))}
+
     for i in range(steps):
-        batch = {"tokens": own_rows(placement, batch_of(cfg, rows, length, 1 + i))}
-        params, state, found = step(params, state, batch)
+        params, state, found = step(params, state, batch(i))
         metrics.append(found)
+    if evaluate:
+        metrics.append(make_eval_step(cfg, **place)(params, batch(steps)))
     return params, metrics
 
 

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
     check(args)
     cfg, out = find_config(args.config), Path(args.out)
-    world, placement = cluster.join(args)
+    world, placement = cluster.join(args, cfg)
     if args.restart:
         cluster.once(world, lambda: clear(out), f"deleting {out}")
 
@@ -111,18 +111,20 @@ def run(args: argparse.Namespace) -> int:
         accumulate=args.accumulate, recompute={None: False, "full": True}.get(args.recompute, args.recompute),
         mtp_weight=paper_mtp_weight(args.seq_length) if is_paper else args.mtp_weight,
         bias_update_rate=paper_bias_update_rate(args.seq_length) if is_paper else args.bias_update_rate)
+    evaluate_batch = make_eval_step(cfg, **cluster.partition(placement), accumulate=args.accumulate,
+                                    balance=make_balance(cfg, sequence=args.balance_weight))
     part, parts = cluster.rows(placement)
-    evaluate_batch = make_eval_step(cfg, balance=make_balance(cfg, sequence=args.balance_weight))
+    fewest = parts * args.accumulate
+    if len(held_out) < fewest:
+        raise ValueError(f"the held-out split has {len(held_out)} rows of --seq-length {args.seq_length}, an evaluation needs "
+                         f"{fewest} ({parts} data ranks times --accumulate {args.accumulate}); give more text or shorter rows")
 
     def evaluate(params):
-        rows = min(args.batch_size, len(held_out) // parts * parts)
+        rows = min(args.batch_size, len(held_out) // fewest * fewest)
         stop = max(rows, min(len(held_out), rows * args.eval_batches))
-        with cluster.at_place(placement):
-            return mean_loss(evaluate_batch, params, data.batches(held_out, rows, stop_sample=stop, shard=(part, parts)))
+        batches = data.batches(held_out, rows, stop_sample=stop, shard=(part, parts))
+        return mean_loss(evaluate_batch, params, cluster.announced(world, batches, "evaluating"))
 
-    staged = placement is not None and placement.mesh.pipe > 1
-    if staged and world.rank == 0:
-        say("no evaluation on the held-out split during a pipeline run; resume on a mesh without pipe for one")
     settings = recipe(args, corpus)
     out.mkdir(parents=True, exist_ok=True)
     cluster.check_shared(world, out)
@@ -168,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         params, opt_state = train(
             watched_step, params, opt_state, cluster.announced(world, feed), steps=args.steps,
-            log=cluster.logger(world, placement, report), evaluate=None if staged else evaluate,
+            log=cluster.logger(world, placement, report), evaluate=evaluate,
             eval_every=args.eval_every or args.steps, save=save, save_every=args.save_every, should_stop=should_stop,
             on_nonfinite=args.on_nonfinite)
     except NotFinite as error:

@@ -3,13 +3,15 @@
 A forward graph gives the next chunk its input. A backward graph computes the chunk's forward again from its saved input,
 differentiates it and adds the gradients to float32 sums in place; so of each micro-batch in flight a stage keeps the
 chunk's input alone (full recomputation), and neither the number nor the size of the graphs grows with the micro-batches.
-The last chunk's backward is its forward too. Without stages this is gradient accumulation.
+The last chunk's backward is its forward too. Without stages this is gradient accumulation. An evaluation makes the forward
+passes of the same table, by graphs of their own, which also say what they find.
 
 Gradients follow ``parallel.shard``: the sum of all ranks' objectives is differentiated. A chunk's objective is its balance
 losses, the last one's the whole loss, over the ranks of the stage; what later chunks make of its output y enters as y . dy.
 """
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +28,7 @@ from ..nn.vocab import embed
 from ..optim import is_state
 from ..transform import builder, jit, picker, value_and_grad
 from ..tree import flatten, paths, tree_map_with_path
-from .schedules import Pipeline, tasks, timeline
+from .schedules import Pipeline, Task, tasks, timeline
 from .shard import Placement, group_of, on_cpu, psum
 from .stages import Chunk, chunks, held, moe_rows, part_of, reads_embedding
 from .update import make_reduce
@@ -34,15 +36,21 @@ from .update import make_reduce
 
 @dataclass(frozen=True)
 class Part:
-    """A chunk on its stage. forward(leaves, biases, micro) -> y, None for the last chunk. backward(leaves, biases, sums, dy,
-    micro, weight, so_far) -> (found,) or (found, dx). leaves: those of the chunk, then its input x unless it is the first."""
+    """A chunk on its stage. forward(leaves, biases, micro) -> y; not of the last chunk. evaluate(leaves, biases, micro, so_far)
+    -> (found, y), (found,) of the last. backward(leaves, biases, sums, dy, micro, weight, so_far) -> (found,) or (found, dx).
+    leaves: those of the chunk, then its input x unless it is the first."""
 
     chunk: Chunk
     leaves: tuple[int, ...]  # its places in the stage's flat leaves
     biases: tuple[int, ...]
     nothing: dict[str, np.ndarray]  # what is found before the first micro-batch
-    forward: Callable | None
+    forward: Callable
+    evaluate: Callable
     backward: Callable
+
+    def own(self, leaves: tuple, biases: tuple, x: Tensor | None) -> tuple[tuple, tuple]:
+        """The first arguments of its graphs, of the stage's leaves and the chunk's input."""
+        return tuple(leaves[i] for i in self.leaves) + (() if x is None else (x,)), tuple(biases[i] for i in self.biases)
 
 
 def accumulated(params: Any, cfg: Config, placement: Placement | None, micro_batches: int, **pieces: Any) -> Callable:
@@ -53,34 +61,14 @@ def accumulated(params: Any, cfg: Config, placement: Placement | None, micro_bat
     pieces: route, balance, recompute and mtp_prenorm of ``loss_fn``. found: of each chunk of the stage {"losses": [3] float32,
     main, MTP and balance, and, where it has MoE blocks, "load": [``stages.moe_rows``, E] int32}.
     """
-    mine, line = chunks(cfg, placement), placement.pipeline if placement else Pipeline()
-    pipe, stage = (placement.mesh.pipe, placement.mesh.coords(placement.rank)["pipe"]) if placement else (1, 0)
-    program = tasks(stage, timeline(line.schedule, pipe, line.virtual, micro_batches))
-    peers = {task.peer for task in program if task.what}
-    if pipe > 1:
-        meet(placement, peers)
-    channels = {peer: channel(placement, peer) for peer in peers}
-    share = 1 / len(placement.group("all")) if placement else 1.0
-    parts = {chunk.index: _part(chunk, params, mine, cfg, placement, share, **pieces) for chunk in mine}
-    # As ``model.computable`` makes it.
-    dtype = ms.float32 if on_cpu() else next(leaf.dtype for path, leaf in paths(params) if not is_state(path))
+    parts, walk = _parts(params, cfg, placement, **pieces), _walker(params, cfg, placement, micro_batches)
 
     def run(leaves: tuple, biases: tuple, sums: tuple, micros: Sequence[dict], weight: Any) -> tuple:
-        kept: dict[tuple[str, int, int], Tensor] = {}
         found = {c: part.nothing for c, part in parts.items()}
-        rows, length = micros[0]["tokens"].shape
-        shape = (rows, length // len(placement.group("residual_seq")) if placement else length, cfg.hidden_size)
-        for task in program:
-            c, m = task.chunk, task.micro
-            if task.kind == "send":
-                channels[task.peer][0](kept.pop((task.what, c, m)))
-                continue
-            if task.kind == "receive":
-                kept[task.what, c, m] = channels[task.peer][1](shape, dtype)
-                continue
-            part = parts[c]
-            own = tuple(leaves[i] for i in part.leaves) + (() if part.chunk.first else (kept["x", c, m],))
-            states = tuple(biases[i] for i in part.biases)
+
+        def work(task: Task, kept: dict) -> None:
+            c, m, part = task.chunk, task.micro, parts[task.chunk]
+            own, states = part.own(leaves, biases, kept.get(("x", c, m)))
             if task.kind == "backward":
                 dy = None if part.chunk.last else kept.pop(("dy", c, m))
                 found[c], *dx = part.backward(own, states, tuple(sums[i] for i in part.leaves), dy, micros[m], weight, found[c])
@@ -89,9 +77,65 @@ def accumulated(params: Any, cfg: Config, placement: Placement | None, micro_bat
                     kept["dy", c - 1, m] = dx[0]
             elif not part.chunk.last:
                 kept["x", c + 1, m] = part.forward(own, states, micros[m])
+
+        walk(work, micros)
         return tuple(found.values())
 
     return run
+
+
+def evaluated(params: Any, cfg: Config, placement: Placement | None, micro_batches: int, **pieces: Any) -> Callable:
+    """``run(leaves, biases, micros) -> found``: what ``accumulated`` finds, by forward passes alone; its arguments likewise."""
+    parts = _parts(params, cfg, placement, recompute=False, **pieces)
+    walk = _walker(params, cfg, placement, micro_batches, backward=False)
+
+    def run(leaves: tuple, biases: tuple, micros: Sequence[dict]) -> tuple:
+        found = {c: part.nothing for c, part in parts.items()}
+
+        def work(task: Task, kept: dict) -> None:
+            c, m, part = task.chunk, task.micro, parts[task.chunk]
+            found[c], *y = part.evaluate(*part.own(leaves, biases, kept.pop(("x", c, m), None)), micros[m], found[c])
+            if not part.chunk.last:
+                kept["x", c + 1, m] = y[0]
+
+        walk(work, micros)
+        return tuple(found.values())
+
+    return run
+
+
+def _parts(params: Any, cfg: Config, placement: Placement | None, **pieces: Any) -> dict[int, Part]:
+    mine, share = chunks(cfg, placement), 1 / len(placement.group("all")) if placement else 1.0
+    return {chunk.index: _part(chunk, params, mine, cfg, placement, share, **pieces) for chunk in mine}
+
+
+def _walker(params: Any, cfg: Config, placement: Placement | None, micro_batches: int, backward: bool = True) -> Callable:
+    """``walk(work, micros)``: this stage's part of the schedule, or of its forward passes, in order. Transfers are made here;
+    ``work(task, kept)`` does the rest. kept: {(what, chunk, micro): tensor}, what is made and not used up."""
+    line = placement.pipeline if placement else Pipeline()
+    pipe, stage = (placement.mesh.pipe, placement.mesh.coords(placement.rank)["pipe"]) if placement else (1, 0)
+    actions = timeline(line.schedule, pipe, line.virtual, micro_batches)
+    program = tasks(stage, [action for action in actions if backward or action.kind == "forward"])
+    peers = {task.peer for task in program if task.what}
+    if pipe > 1:
+        meet(placement, peers)
+    channels = {peer: channel(placement, peer) for peer in peers}
+    # As ``model.computable`` makes it.
+    dtype = ms.float32 if on_cpu() else next(leaf.dtype for path, leaf in paths(params) if not is_state(path))
+
+    def walk(work: Callable[[Task, dict], None], micros: Sequence[dict]) -> None:
+        kept: dict[tuple[str, int, int], Tensor] = {}
+        rows, length = micros[0]["tokens"].shape
+        shape = (rows, length // len(placement.group("residual_seq")) if placement else length, cfg.hidden_size)
+        for task in program:
+            if task.kind == "send":
+                channels[task.peer][0](kept.pop((task.what, task.chunk, task.micro)))
+            elif task.kind == "receive":
+                kept[task.what, task.chunk, task.micro] = channels[task.peer][1](shape, dtype)
+            else:
+                work(task, kept)
+
+    return walk
 
 
 def check(cfg: Config, placement: Placement, micro_batches: int) -> None:
@@ -115,7 +159,8 @@ def _part(chunk: Chunk, params: Any, mine: tuple[Chunk, ...], cfg: Config, place
     numbers = flatten(tree)
     leaves, biases = (tuple(state[:i].count(kind) for i in numbers if state[i] == kind) for kind in (False, True))
     if not numbers:  # no-op layers only
-        return Part(chunk, (), (), nothing, lambda own, *_: own[0], lambda own, states, sums, dy, *rest: (rest[-1], dy))
+        return Part(chunk, (), (), nothing, lambda own, *_: own[0], lambda own, states, micro, so_far: (so_far, own[0]),
+                    lambda own, states, sums, dy, *rest: (rest[-1], dy))
     tree, flags = (tree if first else tree | {"x": -1}), [state[i] for i in numbers] + ([] if first else [False])
     build, pick = builder(tree, flags), picker(tree, [not flag for flag in flags])
 
@@ -126,7 +171,8 @@ def _part(chunk: Chunk, params: Any, mine: tuple[Chunk, ...], cfg: Config, place
         x, loads, aux = layers(params["layers"], x, micro, one_block, recompute, cfg, start)
         return x, embedded, loads, aux
 
-    def objective(params, dy, micro, weight):
+    def scored(params, micro, weight):
+        """(y, this rank's share of the losses, what is found of the micro-batch) of all that the chunk has."""
         params = entered(params, cfg)
         y, embedded, loads, aux = through(params, micro)
         main_loss, mtp_loss = Tensor(0.0, ms.float32), Tensor(0.0, ms.float32)
@@ -137,10 +183,19 @@ def _part(chunk: Chunk, params: Any, mine: tuple[Chunk, ...], cfg: Config, place
         found = {"losses": ops.stack((main_loss, mtp_loss, balance_loss))}
         if rows:
             found["load"] = ops.stack(loads)
-        total = (main_loss + weight * mtp_loss + balance_loss) * share
+        return y, (main_loss + weight * mtp_loss + balance_loss) * share, found
+
+    def objective(params, dy, micro, weight):
+        y, total, found = scored(params, micro, weight)
         if not last:
             total = total + ops.sum(y.astype(ms.float32) * ops.stop_gradient(dy).astype(ms.float32))
         return total, found
+
+    def added(so_far, found):
+        total = {"losses": so_far["losses"] + found["losses"]}
+        if rows:
+            total["load"] = so_far["load"] + found["load"]
+        return total
 
     reduce = make_reduce(cfg, placement, leaves)
     with_gradients = value_and_grad(objective, has_aux=True)
@@ -150,18 +205,22 @@ def _part(chunk: Chunk, params: Any, mine: tuple[Chunk, ...], cfg: Config, place
         return through(entered(build(leaves, biases), cfg), micro)[0]
 
     @jit
+    def evaluate(leaves, biases, micro, so_far):
+        y, _, found = scored(build(leaves, biases), micro, 0.0)
+        return (added(so_far, found),) if last else (added(so_far, found), y)
+
+    @jit
     def backward(leaves, biases, sums, dy, micro, weight, so_far):
         (_, found), tree = with_gradients(build(leaves, biases), dy, micro, weight)
-        grads, added = pick(tree), ()
+        grads, done = pick(tree), ()
         own = reduce(grads[:len(sums)])
         for i in range(len(sums)):
-            added = added + (ops.assign_add(sums[i], own[i].astype(ms.float32)),)
-        total = {"losses": ops.depend(so_far["losses"] + found["losses"], added)}
-        if rows:
-            total["load"] = so_far["load"] + found["load"]
+            done = done + (ops.assign_add(sums[i], own[i].astype(ms.float32)),)
+        total = added(so_far, found)
+        total["losses"] = ops.depend(total["losses"], done)
         return (total,) if first else (total, grads[len(sums)])
 
-    return Part(chunk, leaves, biases, nothing, forward, backward)
+    return Part(chunk, leaves, biases, nothing, forward, evaluate, backward)
 
 
 # -- communication -----------------------------------------------------------------------------------------------------
@@ -213,6 +272,7 @@ def _start(shape: tuple, dtype: Any) -> Tensor:
     return Tensor(np.zeros(shape if on_cpu() else 1, np.float32), dtype=dtype)
 
 
+@functools.cache  # the same graphs for training and evaluation
 def channel(placement: Placement, peer: int) -> tuple[Callable, Callable]:
     """(send(x), receive(shape, dtype) -> x) between this rank and the one of stage ``peer`` at the same place in it."""
     there, graphs = placement.mesh.group(placement.rank, "pipe")[peer], {}

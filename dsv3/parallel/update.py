@@ -54,20 +54,31 @@ def init_state(optimizer: Optimizer, params: Any, specs: Any, placement: Placeme
     return optimizer.init(tree_map_with_path(part_of, specs))
 
 
+def check_params(params: Any, specs: Any, placement: Placement) -> None:
+    """Refuse params that are not this rank's parts, naming a leaf and both shapes. specs: of ``stages.held``."""
+    found = {path: tuple(leaf.shape) for path, leaf in paths(params)}
+    own = {path: _shape(spec, path, placement, placement.rules.zero == 3) for path, spec in paths(specs, is_spec)}
+    for path in sorted(found.keys() | own.keys()):
+        here, expected = found.get(path, "none"), own.get(path, "none")
+        if here != expected:
+            raise ValueError(_not_its_part("params", path, here, expected, placement, "stages.own(params, ...)"))
+
+
+def _not_its_part(what: str, path: str, found: Any, expected: Any, placement: Placement, remedy: str) -> str:
+    return (f"{what} {path}: shape {found}, but a rank of mesh {placement.mesh} with zero={placement.rules.zero} has {expected}; "
+            f"make it with parallel.{remedy}")
+
+
 def check_state(params: Any, state: dict, specs: Any, placement: Placement) -> None:
     """Refuse params and optimiser state that are not this rank's parts, naming the leaf and both shapes."""
-    params, zero = dict(paths(params)), placement.rules.zero
+    check_params(params, specs, placement)
     moments = {"m": dict(paths(state["m"])), "v": dict(paths(state["v"])), "masters": state.get("masters", {})}
     for path, spec in paths(specs, is_spec):
-        part = _shape(spec, path, placement, True)
-        expected = {"params": _shape(spec, path, placement, zero == 3)}
-        expected |= {} if is_state(path) else {name: part for name in moments if path in moments[name]}
-        for name, shape in expected.items():
-            found = tuple((params if name == "params" else moments[name])[path].shape)
-            if found != shape:
-                what = "parallel.stages.own(params, ...)" if name == "params" else "parallel.update.init_state(...)"
-                raise ValueError(f"{name} {path}: shape {found}, but a rank of mesh {placement.mesh} with zero={zero} has "
-                                 f"{shape}; make it with {what}")
+        expected = _shape(spec, path, placement, True)
+        for name, leaves in moments.items():
+            found = expected if is_state(path) or path not in leaves else tuple(leaves[path].shape)
+            if found != expected:
+                raise ValueError(_not_its_part(name, path, found, expected, placement, "update.init_state(...)"))
 
 
 # -- update ------------------------------------------------------------------------------------------------------------
