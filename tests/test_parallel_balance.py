@@ -5,16 +5,14 @@ in order when interleaving; DualPipeV not folded; no-ops dealt by remainder; wor
 peak; the last parts recomputed first; ties of splits, or splits, missed; the sum before the slowest; the copy of the embedding
 not in the budget; a chunk on two stages that loads one; layers dealt to the first stage.
 """
-import dataclasses
 import itertools
 import random
-import re
 from math import inf
 
 import pytest
 
-from dsv3.parallel.balance import best_split, choose, deal_evenly, options, peak
-from dsv3.parallel.memory import Cost
+from dsv3.parallel.balance import best_split, choose, deal_evenly, in_flight_bytes, options
+from dsv3.parallel.memory import Cost, chunk_bytes
 from dsv3.parallel.schedules import bubble, chunks_of, deal, in_flight
 
 
@@ -101,98 +99,110 @@ def test_deal():
 
 
 # -- the best split ----------------------------------------------------------------------------------------------------
-def random_cost(rng, modes=3):
+def random_cost(rng):
     saved = sorted((rng.randrange(1, 60) for _ in range(3)), reverse=True)
     extra = (0.0, *sorted(float(rng.randrange(0, 9)) for _ in range(2)))
     return Cost(rng.randrange(20), rng.randrange(20), rng.randrange(20), float(rng.randrange(1, 12)), tuple(saved), extra,
-                tuple(rng.randrange(30) for _ in range(3)))
+                tuple(rng.randrange(30) for _ in range(3)), rng.randrange(40))
 
 
-def cheapest(held, static, n, budget, modes):
-    """Least extra FLOPs of one stage by trying every mode of every part."""
-    best = inf
-    for choice in itertools.product(modes, repeat=len(held)):
-        need = static + n * sum(c.saved[m] for c, m in zip(held, choice)) + max(c.working[m] for c, m in zip(held, choice))
-        if need <= budget:
-            best = min(best, sum(c.extra[m] for c, m in zip(held, choice)))
-    return best
+def need(chunks, choice, states, kept):
+    """Activations of a stage whose parts, chunk by chunk, take the modes of ``choice``: the definitions, written out."""
+    modes, peaks, saved = iter(choice), [0], []
+    for chunk in chunks:
+        mine = [(c.saved[m], c.working[m], c.made) for c, m in zip(chunk, modes)]
+        saved.append(sum(s for s, _, _ in mine))
+        for k, (_, working, _) in enumerate(mine):
+            peaks.append(working if kept else sum(s for s, _, _ in mine[:k + 1]) + working + sum(made for *_, made in mine[k:]))
+    return max(peaks) + kept * max(sum(n * s for n, s in zip(state, saved)) for state in states)
 
 
-def brute_force(first, layers, last, more, P, M, budget, modes, again):
-    """(slowest, sum of all) of the best split by trying all; (inf, inf) when none fits."""
-    best = inf, inf
-    for cuts in itertools.combinations(range(1, len(layers)), P - 1):
-        bounds, times = (0, *cuts, len(layers)), []
-        for s in range(P):
-            held = [*(first if s == 0 else []), *layers[bounds[s]:bounds[s + 1]], *(last if s == P - 1 else [])]
-            static = sum(c.static for c in held) + more[s]
-            passes = 4 if again and s < P - 1 else 3
-            times.append(passes * sum(c.forward for c in held) + cheapest(held, static, min(M, P - s), budget, modes))
-        best = min(best, (max(times), sum(times)))
-    return best
+def every_choice(chunks, states, modes, kept):
+    """(bytes, extra FLOPs) of all modes of all parts."""
+    flat = [c for chunk in chunks for c in chunk]
+    for choice in itertools.product(modes, repeat=len(flat)):
+        yield need(chunks, choice, states, kept), sum(c.extra[m] for c, m in zip(flat, choice))
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_the_split_is_as_good_as_the_best_of_all(seed):
-    rng = random.Random(seed)
+def random_problem(rng, kept):
+    """(layers, stages, tried, floor, every_split) of a small model; every_split(budget): the bytes and the times of its stages,
+    by trying everything."""
     L, P, M = rng.randrange(3, 7), rng.randrange(1, 4), rng.randrange(1, 6)
     kinds = [random_cost(rng) for _ in range(3)]
-    layers = [kinds[0] if i < 1 else kinds[1] for i in range(L)] if seed % 2 else [random_cost(rng) for _ in range(L)]
-    first, last, more, again = [random_cost(rng)], [kinds[2]], [rng.randrange(30) for _ in range(P)], seed % 3 == 0
+    layers = [kinds[i > 0] for i in range(L)] if rng.random() < 0.5 else [random_cost(rng) for _ in range(L)]
+    ends, more = (random_cost(rng), kinds[2]), [rng.randrange(30) for _ in range(P)]
     modes = rng.choice([(0, 1, 2), (0, 2), (1,), (0,)])
-    flights = [in_flight(s, P, 1, M, "1f1b") for s in range(P)]
-    budgets = sorted(rng.randrange(60, 800) for _ in range(4))
-    for budget in budgets:
-        want = brute_force(first, layers, last, more, P, M, budget, modes, again)
+
+    def stage(s, i, j):
+        held = [*ends[:s == 0], *layers[i:j], *ends[1:][:s == P - 1]]
+        return held, in_flight(s, P, 1, M, "1f1b"), sum(c.static for c in held) + more[s]
+
+    def tried(s, i, j, budget):
+        held, states, static = stage(s, i, j)
+        extra, (chosen,) = choose([held], states, budget - static, modes, kept)
+        assert extra == sum(c.extra[m] for c, m in zip(held, chosen)) and set(chosen) <= set(modes)
+        assert in_flight_bytes(states, [chunk_bytes(held, chosen, kept)], kept) == need([held], chosen, states, kept)
+        return static + need([held], chosen, states, kept), 3 * sum(c.forward for c in held) + extra
+
+    def floor(s, i, j):
+        return sum(c.static for c in layers[i:j]), 3 * sum(c.forward for c in layers[i:j])
+
+    def every_split(budget):
+        for cuts in itertools.combinations(range(1, L), P - 1):
+            sizes, times = [], []
+            for s, (i, j) in enumerate(itertools.pairwise((0, *cuts, L))):
+                held, states, static = stage(s, i, j)
+                choices = [(static + size, extra) for size, extra in every_choice([held], states, modes, kept)]
+                sizes.append(min(size for size, _ in choices))
+                times.append(3 * sum(c.forward for c in held) + min((e for size, e in choices if size <= budget), default=inf))
+            yield sizes, times
+
+    return L, P, tried, floor, every_split
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "inputs"])
+@pytest.mark.parametrize("seed", range(30))
+def test_the_split_is_as_good_as_the_best_of_all(seed, kept):
+    rng = random.Random(seed)
+    L, P, tried, floor, every_split = random_problem(rng, kept)
+    for budget in sorted(rng.randrange(60, 800) for _ in range(4)):
+        want = min((max(times), sum(times)) for _, times in every_split(budget))
         if want[0] == inf:
             with pytest.raises(ValueError, match="no split .* the smallest need is"):
-                best_split(first, layers, last, more, P, flights, budget, modes, again=again)
+                best_split(L, P, tried, floor, budget)
             continue
-        lengths = best_split(first, layers, last, more, P, flights, budget, modes, again=again)
+        lengths = best_split(L, P, tried, floor, budget)
         assert sum(lengths) == L and min(lengths) >= 1 and len(lengths) == P
-        starts, times = [sum(lengths[:s]) for s in range(P)], []
-        for s in range(P):
-            held = [*(first if s == 0 else []), *layers[starts[s]:starts[s] + lengths[s]], *(last if s == P - 1 else [])]
-            static = sum(c.static for c in held) + more[s]
-            extra, (chosen,) = choose([held], flights[s], budget - static, modes)
-            assert extra == sum(c.extra[m] for c, m in zip(held, chosen)) and set(chosen) <= set(modes)
-            assert static + peak(flights[s], [sum(c.saved[m] for c, m in zip(held, chosen))],
-                                 [c.working[m] for c, m in zip(held, chosen)]) <= budget
-            times.append((4 if again and s < P - 1 else 3) * sum(c.forward for c in held) + extra)
-        assert (max(times), sum(times)) == want
+        bounds = [0, *itertools.accumulate(lengths)]
+        found = [tried(s, bounds[s], bounds[s + 1], budget) for s in range(P)]
+        assert max(size for size, _ in found) <= budget
+        assert (max(time for _, time in found), sum(time for _, time in found)) == want
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_smallest_need_is_exact(seed):
     rng = random.Random(seed)
-    layers, P = [dataclasses.replace(random_cost(rng), weights=10**7 * rng.randrange(1, 9)) for _ in range(5)], 3
-    args = [random_cost(rng)], layers, [random_cost(rng)], [0, 0, 7], P, [in_flight(s, P, 1, 4, "1f1b") for s in range(P)]
-    with pytest.raises(ValueError, match="no split") as refused:
-        best_split(*args, 1)
-    need = float(re.search(r"smallest need is ([0-9.]+) GB", str(refused.value))[1]) * 1e9
-    best_split(*args, need + 5.1e6)  # the message rounds to 10 MB
+    L, P, tried, floor, every_split = random_problem(rng, seed % 2 == 0)
+    smallest = min(max(sizes) for sizes, _ in every_split(0))
+    big = 10**7  # the message rounds to 10 MB
+    with pytest.raises(ValueError, match=f"the smallest need is {smallest * big / 1e9:.2f} GB"):
+        best_split(L, P, lambda s, i, j, budget: (big * tried(s, i, j, budget / big)[0], inf), floor, 1)
+    best_split(L, P, tried, floor, smallest)
     with pytest.raises(ValueError, match="no split"):
-        best_split(*args, need - 5.1e6)
+        best_split(L, P, tried, floor, smallest - 1)
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "inputs"])
 @pytest.mark.parametrize("seed", range(20))
-def test_recompute_over_several_chunks_is_as_good_as_the_best_of_all(seed):
+def test_recompute_over_several_chunks_is_as_good_as_the_best_of_all(seed, kept):
     rng = random.Random(seed)
     kinds = [random_cost(rng) for _ in range(2)]
     chunks = [[rng.choice(kinds) for _ in range(rng.randrange(0, 3))] for _ in range(2)]
     states = in_flight(rng.randrange(3), 3, 2, 6, "interleaved")
-    for room in (50, 200, 500, 1000):
-        best = inf
-        flat = [c for chunk in chunks for c in chunk]
-        for choice in itertools.product(range(3), repeat=len(flat)):
-            saved = [sum(c.saved[m] for c, m in list(zip(flat, choice))[:len(chunks[0])]),
-                     sum(c.saved[m] for c, m in list(zip(flat, choice))[len(chunks[0]):])]
-            need = max(sum(n * b for n, b in zip(st, saved)) for st in states)
-            need += max((c.working[m] for c, m in zip(flat, choice)), default=0)
-            if need <= room:
-                best = min(best, sum(c.extra[m] for c, m in zip(flat, choice)))
-        found = choose(chunks, states, room)
-        assert (inf if found is None else found[0]) == best
+    for room in (10, 50, 200, 500, 1000):
+        extra, chosen = choose(chunks, states, room, kept=kept)
+        size, others = need(chunks, itertools.chain(*chosen), states, kept), every_choice(chunks, states, (0, 1, 2), kept)
+        assert (max(size - room, 0), extra) == min((max(other - room, 0), slower) for other, slower in others)
 
 
 @pytest.mark.parametrize("schedule, P, V", [("interleaved", 2, 2), ("interleaved", 3, 2), ("dualpipe", 4, 1),
@@ -213,8 +223,8 @@ def test_layers_over_several_chunks_are_dealt_as_well_as_can_be(schedule, P, V):
 def test_options_keep_the_order_of_parts():
     a = Cost(0, 0, 0, 1.0, (10, 6, 1), (0.0, 1.0, 3.0), (2, 2, 2))
     b = Cost(0, 0, 0, 1.0, (100, 60, 5), (0.0, 1.0, 3.0), (2, 2, 2))
-    for held in ([a, b, a], [b, a, a], [a, a, b]):
-        for extra, saved, _, modes in options(held):
+    for held in ((a, b, a), (b, a, a), (a, a, b)):
+        for extra, saved, _, modes in options(held, kept=True):
             assert saved == sum(c.saved[m] for c, m in zip(held, modes)) and extra == sum(c.extra[m] for c, m in zip(held, modes))
-    one_full = [o for o in options([a, a, a], (0, 2)) if o[0] == 3.0]
+    one_full = [o for o in options((a, a, a), (0, 2), True) if o[0] == 3.0]
     assert [o[3] for o in one_full] == [(2, 0, 0)]  # the first of equal parts is recomputed

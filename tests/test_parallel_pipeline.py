@@ -212,7 +212,7 @@ def test_interleaved_stages_compiled_for_ascend_make_the_step_of_one_device(tmp_
     for rank, (kind, other) in enumerate((("Send", "Receive"), ("Receive", "Send"))):
         found = Counter((c.kind, c.group) for graph in reports[rank].graphs for c in graph.collectives)
         assert found[kind, (0, 1)] == 1 and found[other, (1, 0)] == 1, "a graph a direction, called for every micro-batch"
-        # the evaluation adds to a step's traffic the inputs of chunks 1 and 3 one way, of chunk 2 the other, and what all are told
+        # an evaluation adds to the traffic: inputs of chunks 1 and 3 one way, of chunk 2 the other, and what all are told
         evaluation = of_program(reports[rank].collectives)
         evaluation.subtract(traffic(cfg, Placement(mesh, make_rules(), rank, line), 2, case["length"], 2, "float32"))
         x, told = 4 * case["rows"] * case["length"] * cfg.hidden_size, 12 + 4 * 3 * cfg.n_routed_experts

@@ -5,11 +5,13 @@ Everything here is small integers and exact; the numbers of ``memory.Cost`` come
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import product
+from itertools import accumulate, product
+from operator import itemgetter
 
-from .memory import MODES, Cost
+from .memory import Cost, with_part
 
 
 # -- dealing layers ----------------------------------------------------------------------------------------------------
@@ -31,81 +33,63 @@ def deal_evenly(layers: int, cost: float, ends: Sequence[float], stages: Sequenc
 
 
 # -- recompute ---------------------------------------------------------------------------------------------------------
-Option = tuple[float, int, int, tuple[int, ...]]  # (extra FLOPs, saved bytes a micro-batch, working bytes, mode of each part)
-
-
-def options(costs: Sequence[Cost], modes: Sequence[int] = (0, 1, 2)) -> list[Option]:
-    """The choices of a recompute mode for each part of a chunk of which none is better in every number, fastest first.
-
-    Parts of equal cost are interchangeable, so only how many of them take each mode is enumerated; the first take the
-    higher modes. modes: indices into ``memory.MODES`` that may be used.
-    """
-    places: dict[tuple, list[int]] = {}
-    for i, cost in enumerate(costs):
-        places.setdefault(_key(cost), []).append(i)
-    order = [i for at in places.values() for i in at]
-    out = []
-    for extra, saved, working, chosen in _options(tuple((key, len(at)) for key, at in places.items()), tuple(modes)):
-        of = dict(zip(order, chosen))
-        out.append((extra, saved, working, tuple(of[i] for i in range(len(costs)))))
-    return out
-
-
-def _key(cost: Cost) -> tuple:
-    return cost.extra, cost.saved, cost.working
+Option = tuple[float, int, int, tuple[int, ...]]  # extra FLOPs, the two numbers of ``memory.with_part``, mode of each part
 
 
 @cache
-def _options(groups: tuple[tuple[tuple, int], ...], modes: tuple[int, ...]) -> tuple[Option, ...]:
-    """``options`` of groups (key, number of parts), with the modes of the parts group by group."""
-    if not groups:
+def options(costs: tuple[Cost, ...], modes: tuple[int, ...] = (0, 1, 2), kept: bool = False) -> tuple[Option, ...]:
+    """The choices of a recompute mode for each part of a chunk of which none is better in every number, fastest first.
+
+    modes: indices into ``memory.MODES`` that may be used; kept: of ``plan.Setting``. Exact: more parts after some of which one
+    choice is better in every number leave it better.
+    """
+    if not costs:
         return ((0.0, 0, 0, ()),)
-    (extra, saved, working), n = groups[0]
-    choices = modes if any(extra) or len(set(saved)) > 1 else modes[:1]
+    *before, cost = costs
     found = []
-    for counts in product(range(n + 1), repeat=len(choices)):
-        if sum(counts) != n:
-            continue
-        pairs = tuple(zip(choices, counts))
-        mine = (sum(c * extra[m] for m, c in pairs), sum(c * saved[m] for m, c in pairs),
-                max((working[m] for m, c in pairs if c), default=0), tuple(m for m, c in reversed(pairs) for _ in range(c)))
-        for e, s, w, rest in _options(groups[1:], modes):
-            found.append((mine[0] + e, mine[1] + s, max(mine[2], w), mine[3] + rest))
+    for extra, saved, peak, chosen in reversed(options(tuple(before), modes, kept)):
+        for mode in modes:
+            found.append((extra + cost.extra[mode], *with_part(saved, peak, cost, mode, kept), (*chosen, mode)))
     return _undominated(found)
 
 
 def _undominated(found: list[Option]) -> tuple[Option, ...]:
+    """Fastest first: one that is slower must save less, or have a lower peak than those that save as little."""
     out: list[Option] = []
-    least: dict[int, int] = {}  # working bytes -> least saved bytes so far
-    for option in sorted(found):
-        if not any(w <= option[2] and s <= option[1] for w, s in least.items()):
-            least[option[2]] = option[1]
-            out.append(option)
+    peaks: list[int] = []  # of those so far that are best for some peak, ascending; what they save descends
+    saves: list[int] = []
+    for option in sorted(found, key=itemgetter(0, 1, 2)):  # of equal ones the first, which has the higher modes at the front
+        _, saved, peak, _ = option
+        i = bisect_right(peaks, peak)
+        if i and saves[i - 1] <= saved:
+            continue
+        worse = i
+        while worse < len(saves) and saves[worse] >= saved:
+            worse += 1
+        peaks[i:worse], saves[i:worse] = [peak], [saved]
+        out.append(option)
     return tuple(out)
 
 
-def peak(states: Sequence[tuple[int, ...]], saved: Sequence[int], working: Sequence[int]) -> int:
-    """Most bytes of activations on a stage: the saved bytes of its chunks in each state of ``in_flight``, and working bytes."""
-    return max(sum(n * s for n, s in zip(state, saved)) for state in states) + max(working)
+def in_flight_bytes(states: Sequence[tuple[int, ...]], chunks: Sequence[tuple[int, int]], kept: bool) -> int:
+    """Most bytes of activations on a stage. chunks: the numbers of ``memory.with_part`` of each; states: of ``in_flight``.
 
-
-def choose(chunks: Sequence[Sequence[Cost]], states: Sequence[tuple[int, ...]], room: float,
-           modes: Sequence[int] = (0, 1, 2)) -> tuple[float, tuple[tuple[int, ...], ...]] | None:
-    """The least extra FLOPs with which a stage's activations fit in ``room`` bytes, and the mode of every part; None if none.
-
-    Exact: of each chunk only dominated choices are left out, and all combinations over the chunks are looked at.
+    Kept activations: what its chunks save in each state, and working bytes. Otherwise one chunk at a time is differentiated.
     """
-    lists = [options(chunk, modes) for chunk in chunks]
-    best = None
-    for combination in product(*lists):
-        extra = sum(o[0] for o in combination)
-        if best is not None and extra >= best[0]:
-            if len(lists) == 1:
-                break  # fastest first
-            continue
-        if peak(states, [o[1] for o in combination], [o[2] for o in combination]) <= room:
-            best = extra, tuple(o[3] for o in combination)
-    return best
+    top = max(peak for _, peak in chunks)
+    return top + max(sum(n * saved for n, (saved, _) in zip(state, chunks)) for state in states) if kept else top
+
+
+def choose(chunks: Sequence[Sequence[Cost]], states: Sequence[tuple[int, ...]], room: float, modes: Sequence[int] = (0, 1, 2),
+           kept: bool = False) -> tuple[float, tuple[tuple[int, ...], ...]]:
+    """(extra FLOPs, mode of every part) with which a stage's activations fit in ``room`` bytes at the least extra FLOPs; when
+    nothing fits, those that need the fewest bytes. Exact: all combinations of the ``options`` of its chunks are looked at."""
+    def rank(combination: tuple[Option, ...]) -> tuple[float, float]:
+        need = in_flight_bytes(states, [option[1:3] for option in combination], kept)
+        return max(need - room, 0), sum(option[0] for option in combination)
+
+    best = min(product(*(options(tuple(chunk), tuple(modes), kept) for chunk in chunks)), key=rank)
+    return sum(option[0] for option in best), tuple(option[3] for option in best)
 
 
 # -- the split ---------------------------------------------------------------------------------------------------------
@@ -148,55 +132,29 @@ def split(n: int, parts: int, cost: Callable[[int, int, int], float],
     return solve(lambda a, b: a + b, dearest)[1]
 
 
-def best_split(first: Sequence[Cost], layers: Sequence[Cost], last: Sequence[Cost], more: Sequence[int], pipe: int,
-               flights: Sequence[tuple[tuple[int, ...], ...]], budget: float, modes: Sequence[int] = (0, 1, 2), *,
-               again: bool = False) -> tuple[int, ...]:
+def best_split(n: int, stages: int, tried: Callable[[int, int, int, float], tuple[int, float]],
+               floor: Callable[[int, int, int], tuple[int, float]], budget: float) -> tuple[int, ...]:
     """Layers of each stage such that every stage fits in ``budget`` bytes and the slowest is as fast as can be.
 
-    first, last: what the first and the last stage hold beside layers; more: bytes of each stage beside its parts';
-    flights: ``in_flight`` of each stage, for one chunk a stage. A stage's time is three forwards and the least recompute
-    that fits; with again four forwards, but on the last, and the gradients of a backward pass are beside what stays.
-    Raises ValueError with the smallest budget that would do when none fits.
+    tried(s, i, j, budget) is (bytes, time) of stage s with the layers i ... j - 1, as fast as it can be in a budget, or as small
+    when it cannot; floor(s, i, j) are lower bounds on both that grow with the run. Raises ValueError with the smallest
+    budget that would do when none fits.
     """
-    forward, static = [0.0], [0]
-    kinds = list(dict.fromkeys(_key(c) for c in layers))
-    number = {kind: [0] for kind in kinds}  # of each kind among the first layers
-    for c in layers:
-        forward.append(forward[-1] + c.forward)
-        static.append(static[-1] + c.static + c.made * again)
-        for kind in kinds:
-            number[kind].append(number[kind][-1] + (kind == _key(c)))
-    ends = {s: (*(first if s == 0 else ()), *(last if s == pipe - 1 else ())) for s in range(pipe)}
-    passes = {s: 4 if again and s < pipe - 1 else 3 for s in ends}
-    time = {s: passes[s] * sum(c.forward for c in ends[s]) for s in ends}
-    kept = {s: sum(c.static + c.made * again for c in ends[s]) + more[s] for s in ends}
+    def time(s: int, i: int, j: int) -> float:
+        size, seconds = tried(s, i, j, budget)
+        return seconds if size <= budget else math.inf
 
-    def choices(s: int, i: int, j: int) -> Iterator[tuple[float, int]]:
-        counts = ((kind, number[kind][j] - number[kind][i]) for kind in kinds)
-        groups = (*((kind, n) for kind, n in counts if n), *((_key(c), 1) for c in ends[s]))
-        return ((extra, peak(flights[s], [saved], [working])) for extra, saved, working, _ in _options(groups, tuple(modes)))
+    def least(s: int, i: int, j: int) -> float:
+        size, seconds = floor(s, i, j)
+        return seconds if size <= budget else math.inf
 
-    def fastest(s: int, i: int, j: int) -> float:
-        room = budget - stays(s, i, j)
-        return base(s, i, j) + next((extra for extra, need in choices(s, i, j) if need <= room), math.inf)
-
-    def base(s: int, i: int, j: int) -> float:
-        return time[s] + passes[s] * (forward[j] - forward[i]) if stays(s, i, j) <= budget else math.inf
-
-    def stays(s: int, i: int, j: int) -> int:
-        return kept[s] + static[j] - static[i]
-
-    def smallest(s: int, i: int, j: int) -> int:
-        return stays(s, i, j) + min(need for _, need in choices(s, i, j))
-
-    if len(layers) < pipe:
-        raise ValueError(f"{len(layers)} layers cannot fill pipe={pipe} stages; pick pipe of at most {len(layers)}")
-    found = split(len(layers), pipe, fastest, base)
+    if n < stages:
+        raise ValueError(f"{n} layers cannot fill pipe={stages} stages; pick pipe of at most {n}")
+    found = split(n, stages, time, least)
     if found is None:
-        lean = split(len(layers), pipe, smallest, stays)
-        starts = [sum(lean[:s]) for s in range(pipe)]
-        need = max(smallest(s, i, i + n) for s, (i, n) in enumerate(zip(starts, lean)))
-        allowed = " or ".join(MODES[m] for m in modes)
-        raise ValueError(f"no split of {len(layers)} layers over {pipe} stages fits in {budget / 1e9:.2f} GB with recompute "
-                         f"{allowed}: the smallest need is {need / 1e9:.2f} GB; raise the budget, or use more ranks or ZeRO")
+        lean = split(n, stages, lambda s, i, j: tried(s, i, j, 0)[0], lambda s, i, j: floor(s, i, j)[0])
+        ends = list(accumulate(lean, initial=0))
+        need = max(tried(s, ends[s], ends[s + 1], 0)[0] for s in range(stages))
+        raise ValueError(f"no split of {n} layers over {stages} stages fits in {budget / 1e9:.2f} GB: the smallest need is "
+                         f"{need / 1e9:.2f} GB; raise the budget, allow more recompute, or use more ranks or ZeRO")
     return found

@@ -271,15 +271,23 @@ def inputs_in_flight(cfg: Config, setting: Any, stage: int, states: Sequence[tup
     return max(sum(n * x for n, chunk in zip(state, held) if chunk) for state in states)
 
 
-def backward_bytes(costs: Sequence[Cost], modes: Sequence[int]) -> int:
-    """The most that a chunk's backward pass holds: activations of the parts up to one, what is needed inside that, and the
-    gradients of it and those behind it."""
-    saved, made, most = sum(c.saved[m] for c, m in zip(costs, modes)), 0, 0
-    for cost, mode in zip(reversed(costs), reversed(modes)):
-        made += cost.made
-        most = max(most, saved + cost.working[mode] + made)
-        saved -= cost.saved[mode]
-    return most
+def with_part(saved: int, peak: int, cost: Cost, mode: int, kept: bool) -> tuple[int, int]:
+    """(saved, peak) of a chunk after one more part at its end, for a chunk without any (0, 0).
+
+    saved: bytes that a micro-batch keeps of it. peak: when activations are ``kept``, the most that is needed on top of them
+    inside a part; otherwise the most that its backward pass holds, which has kept nothing but the chunk's input before:
+    the activations of the parts up to one, what is needed inside that, and the gradients of it and those behind it.
+    """
+    saved, working = saved + cost.saved[mode], cost.working[mode]
+    return saved, max(peak, working) if kept else max(peak, saved + working) + cost.made
+
+
+def chunk_bytes(costs: Sequence[Cost], modes: Sequence[int], kept: bool) -> tuple[int, int]:
+    """``with_part`` of all parts of a chunk."""
+    saved = peak = 0
+    for cost, mode in zip(costs, modes):
+        saved, peak = with_part(saved, peak, cost, mode, kept)
+    return saved, peak
 
 
 def update_bytes(held: Sequence[Part], mesh: Mesh, rules: Rules, in_parts: bool) -> int:

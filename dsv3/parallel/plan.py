@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
 from pathlib import Path
 
 from ..config import Config
-from .balance import best_split, choose, deal_evenly, peak
-from .memory import MODES, Part, Run, backward_bytes, embedding_copy, inputs_in_flight, parts, update_bytes
+from .balance import best_split, choose, deal_evenly, in_flight_bytes
+from .memory import MODES, Cost, Part, Run, chunk_bytes, embedding_copy, inputs_in_flight, parts, update_bytes
 from .mesh import MESHES, Mesh
 from .rules import Rules, make_rules
 from .schedules import bubble, check_schedule, chunks_of, deal, in_flight
@@ -111,17 +112,19 @@ def plan(cfg: Config, setting: Setting) -> Plan:
     if setting.layers == "auto" and counts:
         raise ValueError(f"recompute={counts} counts blocks of stages that layers='auto' is to find; give their layers, or modes")
     everything = parts(cfg, mesh, setting.rules, run)
-    flights = [in_flight(s, mesh.pipe, virtual, run.micro_batches, schedule) for s in range(mesh.pipe)]
-    waiting = [0 if setting.kept else inputs_in_flight(cfg, setting, s, states) for s, states in enumerate(flights)]
-    if not setting.kept:  # one chunk at a time is differentiated
-        flights = [tuple(tuple(int(i == j) for j in range(len(states[0]))) for i in range(len(states[0]))) for states in flights]
-    copy = embedding_copy(everything[0], cfg, setting.rules, run)
-    lengths = _lengths(setting, everything, flights, copy, waiting, modes)
+    work_out = _worker(cfg, setting, everything, modes, counts)
+    lengths = _lengths(setting, everything, work_out)
     chunks = _chunks(everything, lengths, cfg.num_hidden_layers)
-    worst = {p.name: p.cost for p in parts(cfg, mesh, setting.rules, dataclasses.replace(run, load=inf))}
-    return Plan(cfg, setting, lengths, tuple(
-        _stage(s, setting, chunks, flights[s], copy, waiting[s], modes, counts[s] if counts else None, worst)
-        for s in range(mesh.pipe)))
+    stages = tuple(work_out(s, tuple(chunks[c] for c in chunks_of(s, mesh.pipe, virtual, schedule)), setting.budget or inf)
+                   for s in range(mesh.pipe))
+    for stage in stages:
+        if setting.budget is not None and stage.total > setting.budget:
+            static = stage.weights + stage.gradients + stage.state
+            how = f"{counts[stage.index]} blocks recomputed" if counts else f"recompute {' or '.join(MODES[m] for m in modes)}"
+            raise ValueError(f"stage {stage.index} ({_names(stage.chunks)}) needs {stage.total / 1e9:.2f} GB with {how}, "
+                             f"{static / 1e9:.2f} GB of it params, gradients and state; the budget is {setting.budget / 1e9:.2f} "
+                             f"GB: raise it, recompute more, move layers away, or use more ranks or ZeRO")
+    return Plan(cfg, setting, lengths, stages)
 
 
 def balance(cfg: Config, mesh: Mesh, budget: float, *, rules: Rules | None = None, run: Run | None = None, schedule: str = "1f1b",
@@ -153,8 +156,7 @@ def _recompute(setting: Setting) -> tuple[tuple[int, ...], tuple[int, ...] | Non
     return tuple(sorted({MODES.index(n) for n in names})), None
 
 
-def _lengths(setting: Setting, everything: tuple[Part, ...], flights: list, copy: int, waiting: list[int],
-             modes: tuple[int, ...]) -> tuple[int, ...]:
+def _lengths(setting: Setting, everything: tuple[Part, ...], work_out: Callable) -> tuple[int, ...]:
     """Layers of every chunk."""
     L = sum(p.name.startswith("layers.") for p in everything)
     pipe, chunks = setting.mesh.pipe, setting.mesh.pipe * setting.virtual
@@ -165,12 +167,11 @@ def _lengths(setting: Setting, everything: tuple[Part, ...], flights: list, copy
         raise ValueError(f"layers={setting.layers!r}; expected 'even', 'auto', or a number for each of {chunks} chunks")
     if setting.layers == "even":
         return deal(L, chunks, setting.noop)
-    costs = [p.cost for p in everything]
-    first, layers, last = costs[:1], costs[1:1 + L], costs[1 + L:]
     if setting.layers == "auto":
         if setting.schedule in ("1f1b", "gpipe"):
-            more = [w + (copy if s == pipe - 1 > 0 else 0) for s, w in enumerate(waiting)]
-            return best_split(first, layers, last, more, pipe, flights, setting.budget, modes, again=not setting.kept)
+            return _fastest(setting, everything, L, work_out)
+        costs = [p.cost for p in everything]
+        first, layers, last = costs[:1], costs[1:1 + L], costs[1 + L:]
         ends = [0.0] * chunks
         ends[0] += sum(c.forward for c in first)
         ends[-1] += sum(c.forward for c in last)
@@ -181,6 +182,26 @@ def _lengths(setting: Setting, everything: tuple[Part, ...], flights: list, copy
                          f"{sum(setting.layers)}; expected {chunks} (pipe={pipe}, {setting.virtual} a stage) that add up to "
                          f"num_hidden_layers={L}")
     return tuple(setting.layers)
+
+
+def _fastest(setting: Setting, everything: tuple[Part, ...], L: int, work_out: Callable) -> tuple[int, ...]:
+    """Layers of each stage, one chunk each, by what ``work_out`` says of every stage that is tried."""
+    pipe, costs, known = setting.mesh.pipe, [p.cost for p in everything[1:1 + L]], {}
+    sizes = [0, *accumulate(c.weights + c.state + c.gradients * setting.in_parts for c in costs)]
+    times = [0.0, *accumulate((1 - 1e-9) * c.forward for c in costs)]  # less than what rounding may add
+
+    def tried(s: int, i: int, j: int, budget: float) -> tuple[int, float]:
+        held = (*everything[:s == 0], *everything[1 + i:1 + j], *(everything[1 + L:] if s == pipe - 1 else ()))
+        key = s, budget, tuple(p.kind for p in held)
+        if key not in known:
+            stage = work_out(s, (held,), budget)
+            known[key] = stage.total, stage.flops
+        return known[key]
+
+    def floor(s: int, i: int, j: int) -> tuple[int, float]:
+        return sizes[j] - sizes[i], (3 if setting.kept or s == pipe - 1 else 4) * (times[j] - times[i])
+
+    return best_split(L, pipe, tried, floor, setting.budget)
 
 
 def _chunks(everything: tuple[Part, ...], lengths: tuple[int, ...], L: int) -> list[tuple[Part, ...]]:
@@ -194,55 +215,45 @@ def _chunks(everything: tuple[Part, ...], lengths: tuple[int, ...], L: int) -> l
     return out
 
 
-def _stage(index: int, setting: Setting, chunks: list[tuple[Part, ...]], states: tuple[tuple[int, ...], ...], copy: int,
-           waiting: int, modes: tuple[int, ...], count: int | None, worst: dict) -> Stage:
-    """One stage with its recompute chosen and its numbers added up."""
-    which = chunks_of(index, setting.mesh.pipe, setting.virtual, setting.schedule)
-    mine = tuple(chunks[c] for c in which)
-    copied = copy if len(chunks) - 1 in which and 0 not in which else 0
-    copy_weights = chunks[0][0].cost.weights if copied else 0  # the rest of the copy are gradients
-    held, costs = [p for chunk in mine for p in chunk], {p.name: p.cost for c in mine for p in c}
-    weights, state = sum(p.cost.weights for p in held) + copy_weights, sum(p.cost.state for p in held)
-    gradients = sum(p.cost.gradients for p in held) + copied - copy_weights if setting.in_parts else 0
-    static = weights + state + gradients
-    made = 0 if setting.kept else max((sum(p.cost.made for p in chunk) for chunk in mine), default=0)
-    update = 0 if setting.kept else update_bytes(held, setting.mesh, setting.rules, setting.in_parts)
-    if count is not None:
-        chosen = _first_blocks(mine, count, index)
-    else:
-        room = inf if setting.budget is None else setting.budget - static - waiting - made
-        found = choose([[p.cost for p in chunk] for chunk in mine], states, room, modes)
-        if found is None or (setting.budget is not None and static + update > setting.budget):
-            lean = choose([[p.cost for p in chunk] for chunk in mine], states, inf, modes[-1:])[1]
-            need = static + max(update, waiting + made + _bytes(mine, lean, states, costs)[0])
-            raise ValueError(f"stage {index} ({_names(mine)}) needs {need / 1e9:.2f} GB with recompute {MODES[modes[-1]]}, "
-                             f"{static / 1e9:.2f} GB of it params, gradients and state; the budget is "
-                             f"{setting.budget / 1e9:.2f} GB: raise it, move layers away, or use more ranks or ZeRO")
-        chosen = found[1]
+def _worker(cfg: Config, setting: Setting, everything: tuple[Part, ...], modes: tuple[int, ...],
+            counts: tuple[int, ...] | None) -> Callable:
+    """``work_out(s, chunks, budget) -> Stage``: stage s with the parts of its chunks, its recompute chosen for the budget
+    (as little as can be where nothing fits), its numbers added up."""
+    mesh, rules, run, kept, schedule, virtual = (setting.mesh, setting.rules, setting.run, setting.kept, setting.schedule,
+                                                 setting.virtual)
+    worst = {p.name: p.cost for p in parts(cfg, mesh, rules, dataclasses.replace(run, load=inf))}
+    copy, last = embedding_copy(everything[0], cfg, rules, run), mesh.pipe * virtual - 1
+    copy_weights = everything[0].cost.weights if copy else 0  # the rest of the copy are gradients
+    share = 0.5 if schedule == "dualpipe" else 1  # each of its chunks runs half of the micro-batches
 
-    def peaks(costs: dict) -> tuple[int, int]:
-        """Bytes at the peak beside those that stay, and activations alone."""
-        needed, saved = _bytes(mine, chosen, states, costs)
-        if not setting.kept:
-            needed = max(backward_bytes([costs[p.name] for p in chunk], ms) for chunk, ms in zip(mine, chosen))
-        return max(needed + waiting, update), saved + waiting
+    def work_out(s: int, chunks: tuple[tuple[Part, ...], ...], budget: float) -> Stage:
+        which, states = chunks_of(s, mesh.pipe, virtual, schedule), in_flight(s, mesh.pipe, virtual, run.micro_batches, schedule)
+        held, copied = [p for chunk in chunks for p in chunk], last in which and 0 not in which
+        weights = sum(p.cost.weights for p in held) + copied * copy_weights
+        gradients = sum(p.cost.gradients for p in held) + copied * (copy - copy_weights) if setting.in_parts else 0
+        state = sum(p.cost.state for p in held)
+        update = 0 if kept else update_bytes(held, mesh, rules, setting.in_parts)
+        waiting = 0 if kept else inputs_in_flight(cfg, setting, s, states)
+        if counts:
+            chosen = _first_blocks(chunks, counts[s], s)
+        else:
+            room = max(budget - weights - gradients - state, update) - waiting
+            chosen = choose([[p.cost for p in chunk] for chunk in chunks], states, room, modes, kept)[1]
 
-    needed, saved = peaks(costs)
-    share = 0.5 if setting.schedule == "dualpipe" else 1  # each of its chunks runs half of the micro-batches
-    if setting.budget is not None and count is not None and static + needed > setting.budget:
-        raise ValueError(f"stage {index} ({_names(mine)}) needs {(static + needed) / 1e9:.2f} GB with {count} blocks recomputed; "
-                         f"the budget is {setting.budget / 1e9:.2f} GB: raise it, or recompute more blocks")
-    again = 0.0 if setting.kept else sum(p.cost.forward for c, chunk in zip(which, mine) for p in chunk if c < len(chunks) - 1)
-    return Stage(index, mine, chosen, states, copied, weights, gradients, state, min(saved, needed), needed - min(saved, needed),
-                 peaks(worst)[0], share * sum(p.cost.forward for p in held),
-                 share * (again + sum(p.cost.extra[m] for chunk, ms in zip(mine, chosen) for p, m in zip(chunk, ms))))
+        def needed(costs: Sequence[Sequence[Cost]]) -> tuple[int, int]:
+            """Bytes beside those that stay: of activations, and at the peak."""
+            numbers = [chunk_bytes(chunk, ms, kept) for chunk, ms in zip(costs, chosen)]
+            saved = in_flight_bytes(states, [(saved, 0) for saved, _ in numbers], True) if kept else max(n for n, _ in numbers)
+            return saved + waiting, max(in_flight_bytes(states, numbers, kept) + waiting, update)
 
+        saved, peak = needed([[p.cost for p in chunk] for chunk in chunks])
+        again = 0.0 if kept else sum(p.cost.forward for c, chunk in zip(which, chunks) for p in chunk if c < last)
+        return Stage(s, chunks, chosen, states, copied * copy, weights, gradients, state, min(saved, peak),
+                     peak - min(saved, peak), needed([[worst[p.name] for p in chunk] for chunk in chunks])[1],
+                     share * sum(p.cost.forward for p in held),
+                     share * (again + sum(p.cost.extra[m] for chunk, ms in zip(chunks, chosen) for p, m in zip(chunk, ms))))
 
-def _bytes(chunks: tuple, modes: tuple, states: tuple, costs: dict) -> tuple[int, int]:
-    """(activations and working bytes, activations alone) of a stage whose parts cost what ``costs`` says."""
-    saved = [sum(costs[p.name].saved[m] for p, m in zip(chunk, ms)) for chunk, ms in zip(chunks, modes)]
-    working = [costs[p.name].working[m] for chunk, ms in zip(chunks, modes) for p, m in zip(chunk, ms)]
-    return peak(states, saved, working or [0]), peak(states, saved, [0])
+    return work_out
 
 
 def _first_blocks(chunks: tuple, count: int, index: int) -> tuple[tuple[int, ...], ...]:
