@@ -6,7 +6,7 @@ up-projections not cut; softmax statistics forgotten; q recomputed without a lat
 tensors are not in the working bytes; the head of MTP not counted; a tied head without embedding; a copy of the embedding beside
 it; DualPipe counted twice; MTP never recomputed by count; a budget ignored with counts; against the dry run: the experts'
 float32 copies and the second form of attention's output left out, sums of gradients over ranks left out of the update, one row
-a pair in place of two.
+a pair in place of two; in the search for a split: working bytes left out, and of the backward pass the gradients made in it.
 """
 import contextlib
 import dataclasses
@@ -217,9 +217,9 @@ def test_a_smaller_budget_is_never_faster():
     assert slow == sorted(slow, reverse=True) and slow[0] > slow[-1]
 
 
-@pytest.mark.parametrize("length, changes", [(64, {}), (4096, {}), (4096, {"kept": True}), (2048, {"mesh": Mesh(pipe=3, data=2)}),
+@pytest.mark.parametrize("length, changes", [(64, {}), (4096, {}), (4096, {"kept": True}),
                                              (64, {"rules": make_rules(zero=2), "mesh": Mesh(pipe=3, data=2)})],
-                         ids=["update", "backward", "kept", "data", "ZeRO-2"])
+                         ids=["update", "backward", "kept", "ZeRO-2"])
 def test_the_search_finds_what_the_plan_of_every_split_says_fits(length, changes):
     """By the plan's own totals, to the byte: the fastest split of those that fit, and none where none fits."""
     cfg = TINY.replace(num_hidden_layers=6)
@@ -232,7 +232,7 @@ def test_the_search_finds_what_the_plan_of_every_split_says_fits(length, changes
 
     needs = sorted({planned(layers=split, recompute=mode).largest.total for split in splits for mode in ("none", "full")})
     refused = 0
-    for budget in sorted({n + by for n in (*needs[:3], *needs[3::3], needs[-1]) for by in (-1, 0)}):
+    for budget in sorted({n + by for n in (*needs[:3], *needs[3::5], needs[-1]) for by in (-1, 0)}):
         fitting = []
         for split in splits:
             with contextlib.suppress(ValueError):
@@ -252,20 +252,22 @@ def test_several_chunks_a_stage_are_dealt_evenly_and_fit():
     made = balance(V3, Mesh(data=16, pipe=8, model=4, expert=8), 60e9, rules=rules, run=run, schedule="interleaved", virtual=2)
     assert sum(made.layers) == 61 and len(made.layers) == 16 and made.largest.total <= 60e9
     assert [[p.name for p in c][:2] for c in made.stages[0].chunks][0] == ["embed", "layers.0"]
-    assert made.stages[7].chunks[1][-1].name == "mtp.0" and made.stages[7].copy > 0
+    assert [p.name for p in made.stages[7].chunks[1]][-2:] == ["mtp.0", "embed copy"] and made.stages[7].copy > 0
     v = plan(V3, dataclasses.replace(SETTINGS["mindspeed"], layers="auto", noop=(), recompute="auto", budget=60e9))
     assert v.stages[0].copy == 0 and v.largest.total <= 60e9  # DualPipeV folds the last chunk to the first stage
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 def test_the_embedding_copy_is_where_mtp_reads_it():
-    two = Setting(Mesh(pipe=2))
-    assert [s.copy for s in plan(TINY, two).stages] == [0, 4096 * 128 * 6]
-    assert [s.copy for s in plan(TINY, Setting(Mesh())).stages] == [0]
-    assert [s.copy for s in plan(TINY.replace(num_nextn_predict_layers=0), two).stages] == [0, 0]
-    assert [s.copy for s in plan(TINY.replace(mtp_share_embeddings=False), two).stages] == [0, 0]
-    tied = TINY.replace(num_nextn_predict_layers=0, tie_word_embeddings=True)
-    assert [s.copy for s in plan(tied, two).stages] == [0, 4096 * 128 * 6]
+    def copies(cfg, **changes):
+        return [s.copy for s in plan(cfg, dataclasses.replace(Setting(Mesh(pipe=2)), **changes)).stages]
+
+    embed, tied = 4096 * 128, TINY.replace(num_nextn_predict_layers=0, tie_word_embeddings=True)
+    assert copies(TINY, kept=True) == copies(tied, kept=True) == [0, 6 * embed]  # weights and gradients
+    assert copies(TINY) == copies(tied) == [0, 18 * embed]  # in this library's step moments and a master too
+    assert copies(TINY, rules=make_rules(zero=1), mesh=Mesh(pipe=2, data=2)) == [0, 12 * embed]
+    assert copies(TINY, mesh=Mesh()) == [0]
+    assert copies(TINY.replace(num_nextn_predict_layers=0)) == copies(TINY.replace(mtp_share_embeddings=False)) == [0, 0]
     assert [s.copy for s in PLANS["paper"].stages] == [0] * 16  # DualPipe: embedding and head are on the same rank
 
 
@@ -394,6 +396,10 @@ def test_options_override_a_preset(capsys):
     inputs = float(re.search(r"largest stage: \d+, ([0-9.]+) GB", out)[1])
     _, out, _ = output(capsys, "--preset", "671b", "--recompute", "none", "--budget", "900GB")
     assert "; dispatch alltoall" in out and float(re.search(r"largest stage: \d+, ([0-9.]+) GB", out)[1]) > 1.4 * inputs
+    options = ("V3", "--mesh", "data=16,pipe=16,model=4,expert=8", "--zero", "1", "--micro-batches", "32")
+    for flag, kept in ((), False), (("--keep-activations",), True), (("--no-keep-activations",), False):
+        total = plan(V3, dataclasses.replace(BIG, rules=make_rules(zero=1), layers="even", kept=kept)).largest.total
+        assert f", {total / 1e9:.2f} GB\n" in output(capsys, *options, *flag)[1]
     _, out, _ = output(capsys, "--preset", "mindspeed", "--noop-layers", "47,62,63")
     assert "layers of each chunk: 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 4, 4, 4, 2" in out
     _, out, _ = output(capsys, "V3_1B", "--mesh", "pipe=3", "--layers", "1,1,1", "--recompute", "1,0,1")

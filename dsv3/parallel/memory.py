@@ -79,7 +79,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Part:
-    """A part with its name ("embed", "layers.3", "head", "mtp.0"), kind ("embed", "dense", "moe", "head", "mtp") and cost."""
+    """A part with its name ("embed", "layers.3", "head", "mtp.0", "embed copy"), kind ("embed", "dense", "moe", "head", "mtp",
+    "copy") and cost."""
 
     name: str
     kind: str
@@ -119,14 +120,19 @@ def parts(cfg: Config, mesh: Mesh, rules: Rules, run: Run) -> tuple[Part, ...]:
     return tuple(Part(name, kind, costs[kind], tuple(held[name])) for name, kind in zip(names, kinds))
 
 
-def embedding_copy(embed: Part, cfg: Config, rules: Rules, run: Run) -> int:
-    """Bytes of the embedding on a stage that uses it but does not own it: weights and gradients, no state.
+def embedding_copy(embed: Part, cfg: Config, kept: bool) -> tuple[Part, ...]:
+    """The embedding as a part of a stage that reads it but does not own it; () when no later stage needs it.
 
-    The MTP modules (and a tied head) on the last stage read the embedding; the first stage owns and updates it, sends
-    it there and receives the gradient, as MindSpore's published implementation does. 0 when no later stage needs it.
+    The MTP modules (and a tied head) on the last stage read the embedding. This library updates both copies alike, each with
+    its own state. In the published implementations, which are ``kept`` pipelines, the first stage updates it, sends it there
+    and receives the gradient: weights and gradients alone.
     """
     shared = cfg.num_nextn_predict_layers > 0 and cfg.mtp_share_embeddings
-    return embed.cost.weights + embed.cost.gradients if shared or cfg.tie_word_embeddings else 0
+    if not (shared or cfg.tie_word_embeddings):
+        return ()
+    cost = Cost(embed.cost.weights, embed.cost.gradients, 0 if kept else embed.cost.state, 0.0, (0, 0, 0), (0.0, 0.0, 0.0),
+                (0, 0, 0), 0 if kept else embed.cost.made)
+    return (Part("embed copy", "copy", cost, embed.leaves),)
 
 
 # -- bytes that stay ---------------------------------------------------------------------------------------------------

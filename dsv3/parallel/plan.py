@@ -20,7 +20,7 @@ from .schedules import bubble, check_schedule, chunks_of, deal, in_flight
 class Setting:
     """How a model is trained on a cluster. ``plan`` refuses what does not fit together.
 
-    schedule, virtual: see ``balance.chunks_of``. layers: "even" (``balance.deal``, with ``noop``), "auto" (the fastest split
+    schedule, virtual: see ``schedules.chunks_of``. layers: "even" (``schedules.deal``, with ``noop``), "auto" (the fastest split
     in the budget), or the layers of each stage (each chunk, in the order of the model, when stages hold several).
     recompute: one of "none", "selective", "full" for every block; several of these, of which each stage takes what fits
     the budget with the least recomputation ("auto" allows all); or for each stage how many of its blocks are recomputed
@@ -54,8 +54,8 @@ class Stage:
     index: int
     chunks: tuple[tuple[Part, ...], ...]
     modes: tuple[tuple[int, ...], ...]
-    states: tuple[tuple[int, ...], ...]  # micro-batches in flight, of ``balance.in_flight``
-    copy: int  # bytes of an embedding that another stage owns; in weights and gradients too
+    states: tuple[tuple[int, ...], ...]  # micro-batches in flight, of ``schedules.in_flight``
+    copy: int  # bytes of an embedding that another stage owns; in weights, gradients and state too
     weights: int
     gradients: int
     state: int
@@ -112,6 +112,8 @@ def plan(cfg: Config, setting: Setting) -> Plan:
     if setting.layers == "auto" and counts:
         raise ValueError(f"recompute={counts} counts blocks of stages that layers='auto' is to find; give their layers, or modes")
     everything = parts(cfg, mesh, setting.rules, run)
+    if virtual * mesh.pipe - 1 not in chunks_of(0, mesh.pipe, virtual, schedule):
+        everything += embedding_copy(everything[0], cfg, setting.kept)
     work_out = _worker(cfg, setting, everything, modes, counts)
     lengths = _lengths(setting, everything, work_out)
     chunks = _chunks(everything, lengths, cfg.num_hidden_layers)
@@ -131,8 +133,9 @@ def balance(cfg: Config, mesh: Mesh, budget: float, *, rules: Rules | None = Non
             virtual: int = 1, modes: Sequence[str] = MODES, kept: bool = False) -> Plan:
     """The split into stages and the recompute of each that fit ``budget`` bytes a rank and make the slowest stage fastest.
 
-    Exact for one chunk a stage (1F1B and GPipe). With several, layers are dealt by ``deal_evenly`` without regard to memory,
-    and then each stage takes the least recompute that fits. modes: the recompute modes that may be used.
+    By the totals of the plan itself. Exact for one chunk a stage (1F1B and GPipe). With several, layers are dealt by
+    ``deal_evenly`` without regard to memory, and then each stage takes the least recompute that fits. modes: those that may be
+    used.
     """
     return plan(cfg, Setting(mesh, rules or make_rules(), run or Run(micro_batches=mesh.pipe), schedule, virtual, "auto", (),
                              tuple(modes), budget, kept))
@@ -221,23 +224,21 @@ def _worker(cfg: Config, setting: Setting, everything: tuple[Part, ...], modes: 
     (as little as can be where nothing fits), its numbers added up."""
     mesh, rules, run, kept, schedule, virtual = (setting.mesh, setting.rules, setting.run, setting.kept, setting.schedule,
                                                  setting.virtual)
-    worst = {p.name: p.cost for p in parts(cfg, mesh, rules, dataclasses.replace(run, load=inf))}
-    copy, last = embedding_copy(everything[0], cfg, rules, run), mesh.pipe * virtual - 1
-    copy_weights = everything[0].cost.weights if copy else 0  # the rest of the copy are gradients
+    worst = {p.name: p.cost for p in (*everything, *parts(cfg, mesh, rules, dataclasses.replace(run, load=inf)))}
+    last = mesh.pipe * virtual - 1
     share = 0.5 if schedule == "dualpipe" else 1  # each of its chunks runs half of the micro-batches
 
     def work_out(s: int, chunks: tuple[tuple[Part, ...], ...], budget: float) -> Stage:
         which, states = chunks_of(s, mesh.pipe, virtual, schedule), in_flight(s, mesh.pipe, virtual, run.micro_batches, schedule)
-        held, copied = [p for chunk in chunks for p in chunk], last in which and 0 not in which
-        weights = sum(p.cost.weights for p in held) + copied * copy_weights
-        gradients = sum(p.cost.gradients for p in held) + copied * (copy - copy_weights) if setting.in_parts else 0
-        state = sum(p.cost.state for p in held)
+        held = [p for chunk in chunks for p in chunk]
+        weights, state = sum(p.cost.weights for p in held), sum(p.cost.state for p in held)
+        gradients = sum(p.cost.gradients for p in held) if setting.in_parts else 0
         update = 0 if kept else update_bytes(held, mesh, rules, setting.in_parts)
         waiting = 0 if kept else inputs_in_flight(cfg, setting, s, states)
         if counts:
             chosen = _first_blocks(chunks, counts[s], s)
         else:
-            room = max(budget - weights - gradients - state, update) - waiting
+            room = budget - weights - gradients - state - waiting
             chosen = choose([[p.cost for p in chunk] for chunk in chunks], states, room, modes, kept)[1]
 
         def needed(costs: Sequence[Sequence[Cost]]) -> tuple[int, int]:
@@ -248,7 +249,8 @@ def _worker(cfg: Config, setting: Setting, everything: tuple[Part, ...], modes: 
 
         saved, peak = needed([[p.cost for p in chunk] for chunk in chunks])
         again = 0.0 if kept else sum(p.cost.forward for c, chunk in zip(which, chunks) for p in chunk if c < last)
-        return Stage(s, chunks, chosen, states, copied * copy, weights, gradients, state, min(saved, peak),
+        copy = sum(p.cost.static for p in held if p.kind == "copy")
+        return Stage(s, chunks, chosen, states, copy, weights, gradients, state, min(saved, peak),
                      peak - min(saved, peak), needed([[worst[p.name] for p in chunk] for chunk in chunks])[1],
                      share * sum(p.cost.forward for p in held),
                      share * (again + sum(p.cost.extra[m] for chunk, ms in zip(chunks, chosen) for p, m in zip(chunk, ms))))

@@ -28,6 +28,8 @@ class Pipeline:
         chunks = pipe * self.virtual
         if self.layers == "even":
             return deal(num_hidden_layers, chunks, self.noop)
+        if self.noop:
+            raise ValueError(f"pipeline layers={self.layers!r}, no-op layers {self.noop}: these are for an even split; drop one")
         if isinstance(self.layers, str) or len(self.layers) != chunks or sum(self.layers) != num_hidden_layers:
             raise ValueError(f"pipeline layers={self.layers!r}: expected 'even', or {chunks} numbers (pipe={pipe}, "
                              f"{self.virtual} a stage) that add up to num_hidden_layers={num_hidden_layers}")
