@@ -98,7 +98,8 @@ def home(tmp_path_factory):
     """A config, a text, and a run on one device that nothing disturbs."""
     folder = tmp_path_factory.mktemp("runs")
     write_home(folder)
-    done = subprocess.run(command("whole", "--eval-every", "1"), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600)
+    arguments = command("whole", "--eval-every", "1")
+    done = subprocess.run(arguments, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
