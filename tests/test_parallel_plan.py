@@ -439,22 +439,24 @@ def test_drawing_without_a_budget(tmp_path):
 # -- against MindSpore's dry run ---------------------------------------------------------------------------------------
 DRY = {"model": "SMALL", "dtype": "bfloat16", "empty": True,  # what a rank is asked to compile, beside the cases'
        "changes": {"num_hidden_layers": 3, "max_position_embeddings": 16384}}
-# (mesh, rules, tokens of a row, micro-batches, rank): bytes that ``simulate("dsv3.cli.rank:record_steps", ..., level=1)`` said,
-# one row in a micro-batch, with dispatch="gather", without recomputation. test_the_dry_run_says_what_it_said makes them again.
+# (mesh, rules, tokens of a row, micro-batches, rank, MTP modules): bytes that ``simulate("dsv3.cli.rank:record_steps", ...,
+# level=1)`` said, one row in a micro-batch, with dispatch="gather", without recomputation. test_the_dry_run_says_what_it_said
+# makes them again.
 MEASURED = {
-    ("data=2", (), 1024, 1, 0): 1599945216,
-    ("data=2", (), 2048, 1, 0): 1617754112,
-    ("data=2", (), 8192, 1, 0): 3032510976,
-    ("data=2,model=2", (), 4096, 1, 0): 1138259968,
-    ("data=2,pipe=2", (), 4096, 2, 0): 1132657664,
-    ("data=2,pipe=2", (), 4096, 2, 2): 1371628032,
-    ("data=2", (("zero", 1),), 1024, 1, 0): 1020039680,
-    ("data=2,expert=2", (), 2048, 1, 0): 1295060992,
+    ("data=2", (), 1024, 1, 0, 0): 1599945216,
+    ("data=2", (), 2048, 1, 0, 0): 1617754112,
+    ("data=2", (), 8192, 1, 0, 0): 3032510976,
+    ("data=2,model=2", (), 4096, 1, 0, 0): 1138259968,
+    ("data=2,pipe=2", (), 4096, 2, 0, 0): 1132657664,
+    ("data=2,pipe=2", (), 4096, 2, 2, 0): 1371628032,
+    ("data=2", (("zero", 1),), 1024, 1, 0, 0): 1020039680,
+    ("data=2,expert=2", (), 2048, 1, 0, 0): 1295060992,
+    ("data=2,pipe=2", (), 1024, 2, 2, 1): 1647252480,  # with a copy of the embedding
 }
 
 
-def planned(mesh, rules, length, micro, rank):
-    cfg, mesh = PRESETS["SMALL"].replace(**DRY["changes"]), Mesh.parse(mesh)
+def planned(mesh, rules, length, micro, rank, depths):
+    cfg, mesh = PRESETS["SMALL"].replace(**DRY["changes"], num_nextn_predict_layers=depths), Mesh.parse(mesh)
     setting = Setting(mesh, make_rules(dispatch="gather", **dict(rules)), Run(seq_length=length, micro_batches=micro))
     return plan(cfg, setting).stages[mesh.coords(rank)["pipe"]].total
 
@@ -468,9 +470,9 @@ def test_the_plan_is_what_the_dry_run_says(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [next(iter(MEASURED))], ids=str)
 def test_the_dry_run_says_what_it_said(case):
-    text, rules, length, micro, rank = case
+    text, rules, length, micro, rank, depths = case
     mesh = Mesh.parse(text)
-    job = DRY | {"mesh": text, "rules": {"dispatch": "gather", **dict(rules)}, "rows": mesh.data * micro, "length": length,
-                 "accumulate": micro}
+    job = DRY | {"changes": DRY["changes"] | {"num_nextn_predict_layers": depths}, "mesh": text, "rows": mesh.data * micro,
+                 "length": length, "rules": {"dispatch": "gather", **dict(rules)}, "accumulate": micro}
     report = simulate("dsv3.cli.rank:record_steps", job, mesh.size, rank, level=1, timeout=1500)
     assert report.device_bytes == pytest.approx(MEASURED[case], rel=0.01)
