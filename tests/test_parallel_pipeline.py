@@ -3,7 +3,8 @@
 Planted faults this file was seen to catch: the gradients of the embedding's two copies not summed; balance losses left out of
 all chunks but the last; DualPipeV's forwards before its backwards; a stage's sends of a tick before its receives, and receives a
 tick later than their sends (stages wait for ever); 1F1B one forward further ahead; interleaved stages too few ahead, and their
-backwards in the order of the forwards.
+backwards in the order of the forwards. In an evaluation: micro-batches that do not add up, no MTP loss in the loss, losses of
+the own stage alone.
 """
 import itertools
 import json

@@ -315,6 +315,7 @@ def embedding_joiner(params: Any, cfg: Config, placement: Placement | None) -> C
     return lambda sums: join(sums[place])
 
 
+@functools.cache
 def reporter(cfg: Config, placement: Placement | None) -> Callable:
     """``report(found, weight) -> metrics`` of the whole batch on every rank, from what ``accumulated`` found on each stage."""
     own = tuple(row for chunk in chunks(cfg, placement) for row in moe_rows(chunk, cfg))
