@@ -225,8 +225,9 @@ def told(tmp_path, monkeypatch, capsys):
         assert met == ["the ranks", (cfg, Placement(mesh, rules, 0, pipeline), accumulate)]
         raise Told
 
-    met = []
+    met, config = [], tmp_path / "config.json"
     write_home(tmp_path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(launch, "start", lambda mesh, **more: met.append("the ranks") or launch.ALONE)
