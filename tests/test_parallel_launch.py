@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -213,8 +214,8 @@ def test_processes_that_do_not_make_the_mesh_are_refused(monkeypatch):
 # -- options -----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def told(tmp_path, monkeypatch, capsys):
-    """``told(*options)``: (cfg, rank 0's place) as ``dsv3 train`` hands them to the makers of both compiled steps; or the line in
-    which it refuses the options, before the ranks meet."""
+    """``told(*options)``: (cfg, rank 0's place) as ``dsv3 train`` hands them to the makers of both compiled steps, or the line in
+    which it refuses the options; ``told.met``: empty when that was before the ranks met."""
     class Told(Exception):
         pass
 
@@ -238,8 +239,9 @@ def told(tmp_path, monkeypatch, capsys):
         met.clear()
         with contextlib.suppress(Told, SystemExit):
             assert main(command("out", "--batch-size", "8", *options)[3:]) == 1
-        return met[1][:2] if met else capsys.readouterr().err.splitlines()[-1]
+        return met[1][:2] if met[1:] else capsys.readouterr().err.splitlines()[-1]
 
+    run.met = met
     return run
 
 
@@ -283,4 +285,9 @@ def test_layers_and_no_op_layers_decide_what_a_stage_holds(told):
     ("--mesh data=3", "--batch-size 8 is not divisible by data=3 times --accumulate 1"),
 ])
 def test_options_that_cannot_be_are_refused_before_the_ranks_meet(told, options, says):
-    assert says in told(*options.split())
+    assert says in told(*options.split()) and not told.met
+
+
+def test_held_out_text_of_too_few_rows_is_refused_before_a_step(told):
+    assert re.search(r"the held-out split has 4 rows of --seq-length 200, .* needs 8 \(2 data ranks times --accumulate 4\)",
+                     told("--mesh", "data=2", "--seq-length", "200", "--accumulate", "4"))

@@ -95,6 +95,12 @@ def run(args: argparse.Namespace) -> int:
     samples = data.GPTDataset(corpus.prefix, corpus.train, args.steps * args.batch_size, args.seq_length, args.seed, **options)
     held_out = data.GPTDataset(corpus.prefix, corpus.valid, None, args.seq_length, args.seed, **options)
 
+    part, parts = cluster.rows(placement)
+    fewest = parts * args.accumulate
+    if len(held_out) < fewest:
+        raise ValueError(f"the held-out split has {len(held_out)} rows of --seq-length {args.seq_length}, an evaluation needs "
+                         f"{fewest} ({parts} data ranks times --accumulate {args.accumulate}); give more text or shorter rows")
+
     entropies = None
     if tokenizer is not None and world.rank == 0:
         pair = data.IndexedDataset(corpus.prefix)
@@ -113,11 +119,6 @@ def run(args: argparse.Namespace) -> int:
         bias_update_rate=paper_bias_update_rate(args.seq_length) if is_paper else args.bias_update_rate)
     evaluate_batch = make_eval_step(cfg, **cluster.partition(placement), accumulate=args.accumulate,
                                     balance=make_balance(cfg, sequence=args.balance_weight))
-    part, parts = cluster.rows(placement)
-    fewest = parts * args.accumulate
-    if len(held_out) < fewest:
-        raise ValueError(f"the held-out split has {len(held_out)} rows of --seq-length {args.seq_length}, an evaluation needs "
-                         f"{fewest} ({parts} data ranks times --accumulate {args.accumulate}); give more text or shorter rows")
 
     def evaluate(params):
         rows = min(args.batch_size, len(held_out) // fewest * fewest)
