@@ -12,6 +12,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,6 +204,23 @@ def children():
         if f"PPid:\t{os.getpid()}\n" in text and "python" in text.split("\n")[0] and "State:\tZ" not in text:
             found.add(status.parent.name)
     return found
+
+
+def test_threads_that_spin_get_out_of_the_way():
+    """As those of a simulated device's streams do; one that waits for work keeps its rank."""
+    done, threads = threading.Event(), []
+
+    def spin():
+        while not done.is_set():
+            pass
+
+    for target in (spin, done.wait):
+        threads.append(threading.Thread(target=target))
+        threads[-1].start()
+    simulate.hush()
+    spins, waits = (os.getpriority(os.PRIO_PROCESS, thread.native_id) for thread in threads)
+    done.set()
+    assert spins == 19 and waits == os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
 
 
 @pytest.mark.parametrize("options, words", [

@@ -25,7 +25,7 @@ from .. import transform
 from . import groups, lockstep
 from .ir import last_graph, read_collectives, result_types
 from .mindir import BFLOAT16, DTYPES, FLOAT16, Type
-from .simulate import GraphReport, Report
+from .simulate import GraphReport, Report, hush
 
 
 # -- in a simulated rank's process -------------------------------------------------------------------------------------
@@ -42,6 +42,7 @@ def recorder(export: bool, planning: bool, found: list[GraphReport]) -> Callable
         flat: Any = None
         if graph.number not in places:
             k = places[graph.number] = len(found)
+            hush()  # results of the graphs before have made streams
             start, file = time.perf_counter(), f"graph_{k}.mindir" if export else None
             with transform.tracing(graph.number):
                 if file:  # not by its whole path, in which MindSpore allows few characters

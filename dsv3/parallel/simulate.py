@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -258,6 +259,22 @@ def child() -> None:
     os.replace("answer.json.part", "answer.json")
     sys.stdout.flush()
     os._exit(0)  # MindSpore's own clean-up talks to devices that are not there
+
+
+def hush() -> None:
+    """Let the threads that wait for the device's reports, one a stream, have the time that nobody else wants: a simulated device
+    has a report at once, so they spin for as long as the process lives."""
+    spinning = set(os.listdir("/proc/self/task")) - {str(threading.get_native_id())}
+    for _ in range(3):
+        time.sleep(0.01)
+        spinning = {thread for thread in spinning if _is_running(thread)}
+    for thread in spinning:
+        os.setpriority(os.PRIO_PROCESS, int(thread), 19)
+
+
+def _is_running(thread: str) -> bool:
+    path = Path(f"/proc/self/task/{thread}/stat")
+    return path.exists() and ") R " in path.read_text()
 
 
 def _peak_memory() -> int:
