@@ -5,7 +5,8 @@ The collectives of a step that is divided both ways are held to a count made by 
 Planted faults this file was seen to catch, one at a time: symbols in the order of a set; Python's own symbols defined; the
 empty map linked to another place; two data symbols in one; the page of an address on aarch64; a called subgraph counted once;
 payload taken from what goes in only; gradients not told from the forward pass; uncounted graphs passed over; the mesh's axes
-swapped in the target; the simulation's level ignored; the stand-in behind the user's libraries; the log's last lines left out.
+swapped in the target; the simulation's level ignored; the stand-in behind the user's libraries; the log's last lines left out;
+threads that spin left alone, threads that wait put aside with them.
 """
 import ctypes
 import os
