@@ -271,6 +271,8 @@ def test_layers_and_no_op_layers_decide_what_a_stage_holds(told):
 
 
 @pytest.mark.parametrize("options, says", [
+    ("--steps 2 --shard-size 2", "--shard-size is of a cut model: give --mesh too, or leave it out"),
+    ("--sequence-parallel", "--sequence-parallel is of a cut model"),
     ("--mesh data=4,expert=4 --dispatch ring", "argument --dispatch: invalid choice: 'ring'"),
     ("--mesh data=4,expert=4 --dispatch two_level", "dispatch='two_level' without node"),
     ("--mesh data=4,expert=4 --dispatch two_level --node 3", "node=3 does not divide the 4 ranks that share the experts"),

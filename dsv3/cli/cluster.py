@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+OF_MESH = ("zero", "shard_size", "experts", "dispatch", "node", "sequence_parallel", "no_vocab_parallel", "pipeline", "virtual",
+           "layers", "noop_layers", "no_shared_storage")
+
 
 def add(p: argparse.ArgumentParser) -> None:
     """The options."""
@@ -37,6 +40,7 @@ def add(p: argparse.ArgumentParser) -> None:
     g.add_argument("--no-shared-storage", action="store_true",
                    help="the nodes do not share the file system of --out: every node keeps what its own ranks write")
     g.add_argument("--stall-timeout", type=float, default=1800.0, help="seconds without any progress after which the run ends")
+    p.set_defaults(without_mesh={name: p.get_default(name) for name in OF_MESH})
 
 
 def join(args: argparse.Namespace, cfg: Any) -> tuple[Any, Any]:
@@ -52,6 +56,9 @@ def join(args: argparse.Namespace, cfg: Any) -> tuple[Any, Any]:
     from ..parallel.shard import Placement
 
     if args.mesh is None:
+        given = [name for name, value in args.without_mesh.items() if getattr(args, name) != value]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} is of a cut model: give --mesh too, or leave it out")
         return launch.ALONE, None
     mesh = Mesh.parse(args.mesh)
     rules = make_rules(sequence_parallel=args.sequence_parallel, experts=args.experts, zero=args.zero,
