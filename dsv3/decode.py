@@ -104,7 +104,7 @@ def _filled(params, cache, tokens, at, last, ahead, rows, cfg, block_size, mtp, 
 
 def _hidden(params, cache, tokens, at, cfg, block_size, fused):
     """Of the last main block, normalised. [n] -> [n, D]."""
-    x = embed(params["embed"], tokens.expand_dims(0))[0]
+    x = embed(params["embed"], tokens.expand_dims(0)).reshape(tokens.shape[0], -1)
     for i in range(len(params["layers"])):
         x = cached_block(params["layers"][i], x, at, cache["layers"][i], cfg=cfg, route=route, block_size=block_size, fused=fused)
     return rms_norm(x, params["norm"], cfg.rms_norm_eps)
@@ -113,7 +113,7 @@ def _hidden(params, cache, tokens, at, cfg, block_size, fused):
 def _draft(params, cache, ahead, hidden, at, cfg, block_size, fused):
     """Of the MTP block, for tokens ``ahead`` [n] of the hidden states [n, D] (``nn.mtp``), at the positions of these."""
     module = params["mtp"][0]
-    embedded = embed(module["embed"] if "embed" in module else params["embed"], ahead.expand_dims(0))[0]
+    embedded = embed(module["embed"] if "embed" in module else params["embed"], ahead.expand_dims(0)).reshape(ahead.shape[0], -1)
     return cached_block(module, mtp_input(module, embedded, hidden, cfg=cfg), at, cache["layers"][len(params["layers"])], cfg=cfg,
                         route=route, block_size=block_size, fused=fused)
 

@@ -51,5 +51,5 @@ def cached_block(params, x, at, pool, *, cfg, route, block_size, fused=False):
     x = x + cached_mla(params["attn"], rms_norm(x, params["attn_norm"], eps), at, pool, cfg=cfg, block_size=block_size)
     h = rms_norm(x, params["ffn_norm"], eps)
     if "router" in params:
-        return x + mixture(params, h.expand_dims(0), cfg=cfg, route=route)[0][0]
+        return x + mixture(params, h.expand_dims(0), cfg=cfg, route=route)[0].reshape(x.shape)
     return x + psum(mlp(params["mlp"], h), "ffn")

@@ -85,7 +85,8 @@ def cached_mla(params, x, at, pool, *, cfg, block_size):
         angles = ops.gather(cos, positions, 0).expand_dims(0), ops.gather(sin, positions, 0).expand_dims(0)
         out = mla_attention(q.expand_dims(0), kv.expand_dims(0), k_pe.expand_dims(0), angles[0], angles[1],
                             at["segments"].expand_dims(0), num_heads=heads, qk_nope_head_dim=cfg.qk_nope_head_dim,
-                            qk_rope_head_dim=R, v_head_dim=cfg.v_head_dim, scale=cfg.softmax_scale)[0]
+                            qk_rope_head_dim=R, v_head_dim=cfg.v_head_dim, scale=cfg.softmax_scale)
+        out = out.reshape(x.shape[0], -1)  # not out[0], which the CPU copies number by number
     return psum(linear(out, params["wo"]), "heads")
 
 
