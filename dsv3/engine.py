@@ -380,6 +380,9 @@ def _placement_on(mesh: Mesh, rules: Rules) -> Placement:
     if cut or rules.zero == 3:
         raise ValueError(f"mesh {mesh}: decoding cuts heads, ffn, vocabulary and experts, over model and expert, not "
                          f"{'params as ZeRO level 3 does' if rules.zero == 3 else f'rows or layers over {cut}'}")
+    if "model" in placement.axes("expert"):
+        raise ValueError(f"mesh {mesh}: decoding spreads experts over expert alone, not over model too; make the rules with "
+                         f"experts='tensor'")
     return placement
 
 

@@ -15,6 +15,7 @@ from decode_worker import texts
 import dsv3
 from dsv3.checkpoint import sharded
 from dsv3.checkpoint.shards import extents
+from dsv3.engine import Engine
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.rules import make_rules
 from dsv3.parallel.shard import Placement
@@ -82,3 +83,6 @@ def test_refused_meshes():
         texts(Mesh(pipe=2), CHANGES, PROMPTS, NEW, rank=0, speculative=False)
     with pytest.raises(ValueError, match="not rows or layers over \\('context',\\)"):
         texts(Mesh(context=2), CHANGES, PROMPTS, NEW, rank=0, speculative=False)
+    cfg = dsv3.TINY.replace(**CHANGES)
+    with pytest.raises(ValueError, match="experts over expert alone, not over model too"):
+        Engine(dsv3.init(cfg), cfg, mesh=Mesh(model=2), rules=make_rules(experts="extend"))
