@@ -10,6 +10,7 @@ blank. To check numbers, export the programs of all ranks (``export=True``) and 
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -269,12 +270,15 @@ def hush() -> None:
         time.sleep(0.01)
         spinning = {thread for thread in spinning if _is_running(thread)}
     for thread in spinning:
-        os.setpriority(os.PRIO_PROCESS, int(thread), 19)
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.setpriority(os.PRIO_PROCESS, int(thread), 19)
 
 
 def _is_running(thread: str) -> bool:
-    path = Path(f"/proc/self/task/{thread}/stat")
-    return path.exists() and ") R " in path.read_text()
+    try:
+        return ") R " in Path(f"/proc/self/task/{thread}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended since
+        return False
 
 
 def _peak_memory() -> int:
