@@ -148,6 +148,9 @@ def forward(params, tokens, position_ids=None, segment_ids=None, *, cfg, route=N
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
+MTP_WEIGHT = 0.3  # of the MTP loss, for the first 10T tokens of the 14.8T (report section 4.2)
+
+
 def targets(batch: dict) -> tuple:
     """(labels [B, T] int32 with -1 where there is none, weight [B, T] float32) of a batch.
 
@@ -213,7 +216,7 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
     the hidden state of the depth before (after ``norm``; before it with ``mtp_prenorm``), and predicts the label k
     ahead where that lies in the same segment; its loss is the mean over the depths.
 
-    mtp_weight: 0-D float32, default 0.3. route, balance: stand-ins for ``nn.router.route`` and the function made by
+    mtp_weight: 0-D float32, default MTP_WEIGHT. route, balance: stand-ins for ``nn.router.route`` and the function made by
     ``nn.balance.make_balance``. recompute: True, a tuple of layer numbers (MTP blocks follow the main ones), or "selective",
     the norms and MLA up-projections of every block (report section 3.2.3). What ranks say to each other in a recomputed part
     is said again.
@@ -227,7 +230,7 @@ def loss_fn(params, batch, mtp_weight=None, *, cfg, route=None, balance=None, re
     loads, balance_loss = loads + more_loads, balance_of(aux + more_aux, batch, cfg)
     loss = main_loss + balance_loss
     if cfg.num_nextn_predict_layers:
-        loss = loss + (0.3 if mtp_weight is None else mtp_weight) * mtp_loss
+        loss = loss + (MTP_WEIGHT if mtp_weight is None else mtp_weight) * mtp_loss
     load = ops.stack(loads) if loads else ops.zeros((0, cfg.n_routed_experts), ms.int32)
     return loss, {"loss": loss, "main_loss": main_loss, "mtp_loss": mtp_loss, "balance_loss": balance_loss,
                   "load": load}

@@ -12,7 +12,7 @@ import optree
 from mindspore import Tensor, mint, ops
 
 from .config import Config
-from .model import denominators, loss_fn
+from .model import MTP_WEIGHT, denominators, loss_fn
 from .nn.router import updated_bias
 from .optim import Optimizer, is_state
 from .parallel.groups import own_rank
@@ -29,7 +29,7 @@ from .tree import flatten, paths
 
 
 def make_train_step(cfg: Config, optimizer: Optimizer, *, mesh: Any = None, rules: Any = None, route: Callable | None = None,
-                    balance: Callable | None = None, mtp_weight: float | Schedule = 0.3,
+                    balance: Callable | None = None, mtp_weight: float | Schedule = MTP_WEIGHT,
                     bias_update_rate: float | Schedule = 0.001, accumulate: int = 1,
                     recompute: bool | str | tuple[int, ...] = False, mtp_prenorm: bool = False,
                     pipeline: Pipeline | None = None) -> Callable:
@@ -217,7 +217,7 @@ def make_eval_step(cfg: Config, *, mesh: Any = None, rules: Any = None, route: C
 
         def run(params: Any, batch: dict) -> dict:
             found = losses(*_parted(params, is_bias), split_rows(batch, accumulate, cfg))
-            return report(found, np.float32(0.3))
+            return report(found, np.float32(MTP_WEIGHT))
 
         return run
 
